@@ -1,0 +1,1 @@
+"""The library behind the stages: plain functions and typed settings, no work at import."""

@@ -1,0 +1,61 @@
+"""Files written whole or not at all, and read with errors that name them."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import DataError
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes by a temporary file and a rename, so that a crash or a full disk leaves the old file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Sorted keys, two spaces, a final newline: equal values give equal bytes. NaN is refused."""
+    write_text(path, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_jsonl(path: Path, rows: Iterable[Any]) -> None:
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
+
+
+def read_json(path: Path) -> Any:
+    """Raises: DataError: missing, or not JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file. Run the stage that makes it (`dvc repro`).") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: not valid JSON ({error}). Remove it and run the stage that makes it again.") from None
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of the content, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hash_path(path: Path) -> str:
+    """SHA-256 over names and contents of a file or of every file below a folder (dot files left out)."""
+    if path.is_file():
+        return hash_file(path)
+    digest = hashlib.sha256()
+    for file in sorted(p for p in path.rglob("*") if p.is_file()):
+        name = file.relative_to(path).as_posix()
+        if not any(part.startswith(".") for part in name.split("/")):
+            digest.update(f"{name}\0{hash_file(file)}\n".encode())
+    return digest.hexdigest()

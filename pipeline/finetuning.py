@@ -1,0 +1,141 @@
+"""One fine-tune from loaded settings to a saved adapter: base, adapter, guards, loop, files."""
+
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from pipeline import guards
+from pipeline.dataset import Split, load_split
+from pipeline.errors import TrainingError
+from pipeline.lora import attach_lora, save_adapter
+from pipeline.losses import supervised_logits
+from pipeline.quantization import load_training_base
+from pipeline.runtime import seed_everything, use_deterministic_kernels
+from pipeline.schema import RunConfig, TrainMethod
+from pipeline.tokenizer import load_tokenizer
+from pipeline.training import OnEvent, Progress, micro_batches, num_steps, peak_memory_bytes, train, warmup_steps
+
+logger = logging.getLogger(__name__)
+
+
+def finetune(
+    config: RunConfig, processed: Path, quantized: Path, adapter_folder: Path, device: torch.device, on_event: OnEvent
+) -> tuple[dict[str, Any], list[dict[str, float]]]:
+    """Trains and saves to `adapter_folder` (PEFT format; the whole model with method full).
+
+    Returns:
+        The metrics of `metrics/train.json`, and the history: one object a logged event.
+
+    Raises:
+        TrainingError: a guard found that the result must not be kept.
+    """
+    started = time.perf_counter()
+    seed_everything(config.train.seed)
+    use_deterministic_kernels()
+    train_split, validation_split = load_split(processed, "train"), load_split(processed, "validation")
+    for split in (train_split, validation_split):
+        if not split.num_supervised.sum():
+            raise TrainingError(f"the {split.name} split has no supervised token. Look at metrics/prepare.json.")
+    tokenizer = load_tokenizer(config.model)
+    base = load_training_base(
+        config.model, config.quantization, config.train.method, quantized, device, config.runtime.keep_quantized
+    )
+    seed_everything(config.train.seed)  # loading may draw random numbers: the adapter's start must not depend on it
+    model, finish = _prepare(base, config, train_split, tokenizer.pad_token_id)
+    counts = _count(model)
+    logger.info("training %s of %s parameters (%.2f %%)", f"{counts[0]:,}", f"{counts[1]:,}", 100 * counts[0] / counts[1])
+    if config.train.gradient_checkpointing:
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    progress = train(
+        model, train_split, validation_split, config.train, tokenizer.pad_token_id, on_event, config.runtime.progress
+    )
+    finish(adapter_folder)
+    return _metrics(config, progress, counts, device, time.perf_counter() - started, len(train_split)), progress.history
+
+
+def _prepare(
+    base: PreTrainedModel, config: RunConfig, split: Split, pad_token_id: int
+) -> tuple[torch.nn.Module, Callable[[Path], None]]:
+    """The model to train, and what checks and saves it afterwards."""
+    device = next(base.parameters()).device
+    if config.train.method is TrainMethod.full:
+        base.requires_grad_(True)
+        start = guards.parameter_checksums(dict(base.named_parameters()))
+
+        def finish_full(folder: Path) -> None:
+            if guards.parameter_checksums(dict(base.named_parameters())) == start:
+                raise TrainingError("no weight changed in training. Look at train.learning_rate.")
+            base.save_pretrained(str(folder), max_shard_size=config.merge.max_shard_size)
+
+        return base, finish_full
+
+    base.requires_grad_(False)
+    rows = [int(r) for r in range(len(split)) if split.num_supervised[r]][: config.train.micro_batch_size]
+    batch = next(micro_batches(split, rows, len(rows), pad_token_id)).to(device)
+    base.eval()
+    with torch.no_grad():
+        before, _ = supervised_logits(base, batch)
+    model = attach_lora(base, config.lora, _portable_name(config)).eval()
+    guards.check_only_adapter_trains(model, config.lora.bias)
+    guards.check_same_logits(before, model, batch)
+    checksums = guards.parameter_checksums(guards.frozen_parameters(model))
+
+    def finish_adapter(folder: Path) -> None:
+        guards.check_base_unchanged(checksums, model)
+        guards.check_adapter_moved(model)
+        save_adapter(model, folder)
+
+    return model, finish_adapter
+
+
+def _portable_name(config: RunConfig) -> str:
+    """The Hub id, or the folder as given inside the project, or its name: never a path of this machine."""
+    path = Path(config.model.path)
+    return config.model.hub_id or (path.name if path.is_absolute() else path.as_posix())
+
+
+def _count(model: torch.nn.Module) -> tuple[int, int]:
+    """Trainable and all parameters; a 4-bit weight counts as the weights it stands for."""
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = sum(_numel(p) for p in model.parameters())
+    return trainable, total
+
+
+def _numel(parameter: torch.nn.Parameter) -> int:
+    state = getattr(parameter, "quant_state", None)
+    return int(torch.Size(state.shape).numel()) if state is not None else parameter.numel()
+
+
+def _metrics(
+    config: RunConfig, progress: Progress, counts: tuple[int, int], device: torch.device, seconds: float, num_rows: int
+) -> dict[str, Any]:
+    total = num_steps(config.train, num_rows)
+    lora = None if config.train.method is TrainMethod.full else config.lora
+    flat = guards.warn_if_flat(
+        progress.losses, warmup_steps(config.train, total), lora, config.train.learning_rate
+    )
+    validation = [event["validation.loss"] for event in progress.history if "validation.loss" in event]
+    last = progress.losses[-max(1, len(progress.losses) // 4) :]
+    return {
+        "method": config.train.method.value,
+        "num_steps": len(progress.losses),
+        "train_loss": sum(last) / len(last),
+        "validation_loss_before": validation[0],
+        "validation_loss": progress.best_loss if config.train.keep == "best" else validation[-1],
+        "best_step": progress.best_step,
+        "stopped_early": len(progress.losses) < total,
+        "flat_loss": flat,
+        "trainable_parameters": counts[0],
+        "total_parameters": counts[1],
+        "tokens_seen": progress.tokens_seen,
+        "supervised_tokens_seen": progress.supervised_tokens_seen,
+        "tokens_per_second": progress.tokens_seen / progress.training_seconds,
+        "training_seconds": progress.training_seconds,
+        "duration_seconds": seconds,
+        "peak_memory_bytes": peak_memory_bytes(device),
+    }

@@ -1,0 +1,142 @@
+"""LoRA by peft: which modules, attaching, saving (equal adapters give equal bytes), loading.
+
+LoRA (arXiv 2106.09685): h = W x + (lora_alpha / r) B A x, with B = 0 at the start.
+"""
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from pipeline.errors import ConfigError, ModelError
+from pipeline.files import write_text
+from pipeline.runtime import torch_dtype
+from pipeline.schema import LoraConfig
+from pipeline.validation import TARGET_SETS
+
+_SETS = {"attention": r"attn|attention", "mlp": r"mlp|feed_forward|ffn|experts?\b", "all_linear": ""}
+_NOT_LANGUAGE = r"vision|image|audio|multi_modal_projector"
+
+
+def linear_modules(model: torch.nn.Module) -> list[str]:
+    """Paths of the linear layers of the language model, its output head left out."""
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    return [
+        path
+        for path, module in model.named_modules()
+        if isinstance(module, (torch.nn.Linear, Conv1D)) and module is not head and not re.search(_NOT_LANGUAGE, path)
+    ]
+
+
+def resolve_target_modules(model: torch.nn.Module, targets: str | list[str]) -> list[str]:
+    """Sorted module names (last path components, or the paths given) that the adapter goes on.
+
+    Raises:
+        ConfigError: a name that matches no module; the message lists the ones there are.
+    """
+    paths = linear_modules(model)
+    if isinstance(targets, str) and targets in TARGET_SETS:
+        matching = [p for p in paths if re.search(_SETS[targets], p.rpartition(".")[0])]
+        if not matching:
+            raise ConfigError(f"lora.target_modules: {targets!r} finds no such layer; give names: {_leaf_names(paths)}")
+        chosen = set(_leaf_names(matching))
+        ambiguous = chosen & set(_leaf_names([p for p in paths if p not in matching]))
+        return sorted(chosen) if not ambiguous else sorted(matching)
+    names = [targets] if isinstance(targets, str) else list(targets)
+    unmatched = [name for name in names if not any(p == name or p.endswith(f".{name}") for p in paths)]
+    if unmatched:
+        raise ConfigError(
+            f"lora.target_modules: {', '.join(map(repr, unmatched))} matches no linear module; "
+            f"this model has {', '.join(_leaf_names(paths))} (or the sets {', '.join(TARGET_SETS)})"
+        )
+    return sorted(names)
+
+
+def _leaf_names(paths: list[str]) -> list[str]:
+    return list(dict.fromkeys(path.rpartition(".")[2] for path in paths))
+
+
+def attach_lora(model: PreTrainedModel, lora: LoraConfig, base_name: str | None = None) -> peft.PeftModel:
+    """The model with a fresh adapter whose parameters alone train.
+
+    Args:
+        base_name: what `adapter_config.json` calls the base.
+
+    Raises:
+        ConfigError: target modules that the model does not have, or a rank over a layer's width.
+    """
+    targets = resolve_target_modules(model, lora.target_modules)
+    widths = {p: m for p, m in model.named_modules() if p in linear_modules(model) and p.split(".")[-1] in targets}
+    smallest = min((min(_features(m)), p) for p, m in widths.items()) if widths else None
+    if smallest is not None and lora.r > smallest[0]:
+        raise ConfigError(f"lora.r: {lora.r} is over the width of {smallest[1]}, {smallest[0]}; a higher rank adds nothing")
+    excluded = [p for p, m in model.named_modules() if isinstance(m, torch.nn.Linear) and re.search(_NOT_LANGUAGE, p)]
+    config = peft.LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.lora_alpha,  # type: ignore[arg-type]  # peft divides it by r: a float is as good
+        lora_dropout=lora.lora_dropout,
+        target_modules=targets,
+        exclude_modules=excluded or None,
+        use_rslora=lora.use_rslora,
+        use_dora=lora.use_dora,
+        bias=lora.bias.value,
+        task_type="CAUSAL_LM",
+    )
+    model = peft.get_peft_model(model, config, autocast_adapter_dtype=False)
+    model.peft_config["default"].base_model_name_or_path = base_name
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(torch_dtype(lora.adapter_dtype))
+    return model
+
+
+def _features(module: torch.nn.Module) -> tuple[int, int]:
+    return (module.nx, module.nf) if isinstance(module, Conv1D) else (module.in_features, module.out_features)
+
+
+def save_adapter(model: peft.PeftModel, folder: Path) -> None:
+    """PEFT format; equal adapters give equal bytes (peft itself writes target_modules in hash order)."""
+    model.save_pretrained(str(folder), safe_serialization=True)
+    (folder / "README.md").unlink(missing_ok=True)  # a card of placeholders
+    path = folder / "adapter_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    write_text(path, json.dumps({k: _sorted(v) for k, v in sorted(config.items())}, indent=2) + "\n")
+
+
+def _sorted(value: Any) -> Any:
+    return sorted(value) if isinstance(value, list) and all(isinstance(v, str) for v in value) else value
+
+
+def load_adapter(model: PreTrainedModel, folder: Path) -> peft.PeftModel:
+    """The model with the adapter of `folder`, in eval mode, nothing trainable.
+
+    Raises:
+        ModelError: no adapter there, weights that do not fit the model, or NaN in them.
+    """
+    if not (folder / "adapter_model.safetensors").exists():
+        raise ModelError(f"{folder}: no adapter_model.safetensors. Make it with `dvc repro train`.")
+    try:
+        loaded = peft.PeftModel.from_pretrained(model, str(folder), is_trainable=False, autocast_adapter_dtype=False)
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise ModelError(f"{folder}: the adapter does not fit this base ({_first_line(error)}). Was it trained on it?") from None
+    bad = [name for name, p in loaded.named_parameters() if "lora_" in name and not torch.isfinite(p).all()]
+    if bad:
+        raise ModelError(f"{folder}: NaN or infinite values in {bad[0]} and {len(bad) - 1} more. Train it again.")
+    return loaded.eval()
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0]
+
+
+def copy_folder(source: Path, target: Path) -> None:
+    """Replaces `target` by a copy of `source`."""
+    if target.exists():
+        shutil.rmtree(target)
+    shutil.copytree(source, target)

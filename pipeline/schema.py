@@ -1,0 +1,256 @@
+"""The settings, typed: what each key means, its unit, its range. Pure dataclasses (no third-party import).
+
+`conf/` gives every value (there are no hidden defaults here), Hydra and DVC compose it against these
+classes, and `problems` says everything that is wrong with the result at once.
+"""
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, Optional
+
+MISSING: Any = "???"  # OmegaConf's marker for a value that a config file must give
+
+
+class Shape(StrEnum):
+    """How one raw row holds its text."""
+
+    instruction = "instruction"  # instruction, input (may be empty), output
+    prompt_completion = "prompt_completion"  # prompt, completion
+    messages = "messages"  # a list of {role, content}
+    text = "text"  # plain text, cut into windows, every token supervised
+
+
+class TooLong(StrEnum):
+    """What happens to a row of more than `data.max_length` tokens."""
+
+    error = "error"
+    drop = "drop"
+    truncate_prompt = "truncate_prompt"
+
+
+class Dtype(StrEnum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class Attention(StrEnum):
+    sdpa = "sdpa"
+    eager = "eager"
+    flash_attention_2 = "flash_attention_2"
+
+
+class QuantizationMethod(StrEnum):
+    nf4 = "nf4"
+    fp4 = "fp4"
+    int8 = "int8"
+    none = "none"
+
+
+class Bias(StrEnum):
+    none = "none"
+    all = "all"
+    lora_only = "lora_only"
+
+
+class TrainMethod(StrEnum):
+    qlora = "qlora"  # LoRA on the quantized base
+    lora = "lora"  # LoRA on the base in `model.dtype`
+    full = "full"  # every weight of the base trains
+
+
+class Optimizer(StrEnum):
+    adamw = "adamw"
+    adamw_8bit = "adamw_8bit"
+    paged_adamw_8bit = "paged_adamw_8bit"
+
+
+class Scheduler(StrEnum):
+    cosine = "cosine"
+    linear = "linear"
+    constant = "constant"
+
+
+class Keep(StrEnum):
+    best = "best"  # the weights with the lowest validation loss
+    last = "last"
+
+
+class MergeBase(StrEnum):
+    dequantized = "dequantized"  # what the adapter was trained on
+    original = "original"  # the base as it was before quantisation
+
+
+class Device(StrEnum):
+    auto = "auto"  # cuda where torch finds one, else cpu; the choice is logged
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class KeepQuantized(StrEnum):
+    """Whether training and evaluation hold the base in 4 bits."""
+
+    auto = "auto"  # dequantised once on a CPU and where memory allows
+    always = "always"
+    never = "never"
+
+
+@dataclass
+class SplitFiles:
+    """File names below `data.path` (or data set splits of the Hub). `null`: split off `train` by hash of the prompt."""
+
+    train: Optional[str] = MISSING
+    validation: Optional[str] = MISSING
+    test: Optional[str] = MISSING
+
+
+@dataclass
+class Columns:
+    """The raw data's own names for what the shapes call by these names."""
+
+    instruction: str = MISSING
+    input: str = MISSING
+    output: str = MISSING
+    prompt: str = MISSING
+    completion: str = MISSING
+    messages: str = MISSING
+    text: str = MISSING
+    references: str = MISSING  # optional in the data: several right answers, a list of strings
+    system: str = MISSING  # optional in the data: a system prompt a row
+
+
+@dataclass
+class DataConfig:
+    path: str = MISSING  # file or folder; for a Hub data set the config file that pins it
+    hub_id: Optional[str] = MISSING
+    hub_config: Optional[str] = MISSING
+    revision: Optional[str] = MISSING  # the Hub data set's commit
+    files: SplitFiles = field(default_factory=SplitFiles)
+    shape: Shape = MISSING
+    columns: Columns = field(default_factory=Columns)
+    system_prompt: Optional[str] = MISSING
+    max_length: int = MISSING  # tokens of prompt and completion, 8 or more
+    too_long: TooLong = MISSING
+    text_overlap: int = MISSING  # tokens that two windows of `text` share
+    validation_share: float = MISSING  # of the rows, 0 to 0.5, where `files.validation` is null
+    test_share: float = MISSING
+    max_rows: Optional[int] = MISSING  # of train, taken by hash; null: all
+    max_bad_share: float = MISSING  # quarantined rows (too long not counted) over which prepare fails
+    general_path: str = MISSING  # JSONL with `text`: what forgetting is measured on
+
+
+@dataclass
+class ModelConfig:
+    path: str = MISSING  # local folder; for a Hub model the config file that pins it
+    hub_id: Optional[str] = MISSING
+    revision: Optional[str] = MISSING  # the Hub model's commit, 40 hex digits
+    dtype: Dtype = MISSING  # of the weights when the base is not quantized
+    attn_implementation: Attention = MISSING
+    chat_template: Optional[str] = MISSING  # a Jinja file; null: the tokenizer's, else the project's
+    trust_remote_code: bool = MISSING
+
+
+@dataclass
+class QuantizationConfig:
+    method: QuantizationMethod = MISSING
+    double_quant: bool = MISSING  # quantize the scales too (nf4, fp4)
+    blocksize: int = MISSING  # weights that share one scale: 64, 128, ... 4096
+    compute_dtype: Dtype = MISSING  # of the arithmetic and of dequantized weights
+    skip_modules: list[str] = MISSING  # names whose linear layers stay as they are
+
+
+@dataclass
+class LoraConfig:
+    r: int = MISSING  # rank, 1 or more
+    lora_alpha: float = MISSING  # scaling is lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora
+    lora_dropout: float = MISSING  # 0 to 1
+    target_modules: Any = MISSING  # attention, mlp, all_linear, or a list of module names
+    use_rslora: bool = MISSING
+    use_dora: bool = MISSING
+    bias: Bias = MISSING
+    adapter_dtype: Dtype = MISSING
+
+
+@dataclass
+class TrainConfig:
+    method: TrainMethod = MISSING
+    seed: int = MISSING
+    max_steps: Optional[int] = MISSING  # optimizer steps; null: num_epochs decides
+    num_epochs: float = MISSING
+    micro_batch_size: int = MISSING  # rows a forward
+    gradient_accumulation_steps: int = MISSING  # forwards an optimizer step
+    learning_rate: float = MISSING
+    lr_scheduler: Scheduler = MISSING
+    warmup_ratio: float = MISSING  # of all steps, 0 to 1
+    optimizer: Optimizer = MISSING
+    weight_decay: float = MISSING
+    adam_beta1: float = MISSING
+    adam_beta2: float = MISSING
+    adam_epsilon: float = MISSING
+    max_grad_norm: Optional[float] = MISSING  # null: no clipping
+    mixed_precision: Optional[Dtype] = MISSING  # autocast to bfloat16 or float16; null: none
+    gradient_checkpointing: bool = MISSING
+    eval_steps: int = MISSING  # optimizer steps between validations
+    eval_max_rows: Optional[int] = MISSING  # validation rows used while training; null: all
+    keep: Keep = MISSING
+    early_stopping_patience: Optional[int] = MISSING  # validations without a new best; null: never
+
+
+@dataclass
+class EvaluateConfig:
+    max_rows: Optional[int] = MISSING  # test rows; null: all
+    batch_size: int = MISSING
+    generate: bool = MISSING  # false for `text` data, where there is nothing to answer
+    max_new_tokens: int = MISSING
+    general_max_rows: Optional[int] = MISSING
+
+
+@dataclass
+class MergeConfig:
+    base: MergeBase = MISSING
+    dtype: Dtype = MISSING  # of the saved weights
+    max_shard_size: str = MISSING  # such as 5GB
+    parity_num_tokens: int = MISSING  # of test rows, at least
+    parity_max_mean_kl: float = MISSING  # nats a token
+    parity_min_top1_agreement: float = MISSING
+
+
+@dataclass
+class GateConfig:
+    conditions: list[str] = MISSING  # such as `adapter.loss <= base.loss - 0.1`
+
+
+@dataclass
+class RuntimeConfig:
+    """Where and how fast, never what: no part of a fingerprint."""
+
+    device: Device = MISSING
+    num_threads: Optional[int] = MISSING  # CPU threads of torch; null: torch's own choice
+    keep_quantized: KeepQuantized = MISSING
+    num_workers: int = MISSING  # processes that tokenise
+    progress: bool = MISSING
+    tracking: bool = MISSING  # log to MLflow
+    system_metrics: bool = MISSING
+    inputs_dir: str = MISSING  # by hand: where earlier stages' outputs are looked for first
+    output_dir: str = MISSING  # where outputs go; `.` under DVC
+
+
+@dataclass
+class Config:
+    """What `params.yaml` holds."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    quantization: QuantizationConfig = field(default_factory=QuantizationConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    merge: MergeConfig = field(default_factory=MergeConfig)
+    gate: GateConfig = field(default_factory=GateConfig)
+
+
+@dataclass
+class RunConfig(Config):
+    """What a stage gets: `params.yaml` and the machine's `runtime`."""
+
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)

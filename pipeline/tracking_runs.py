@@ -1,0 +1,149 @@
+"""One trained adapter as a run: its name, params, tags and datasets, kept in `models/run.json`. Pure: no MLflow here."""
+
+import dataclasses
+import json
+import os
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import DataError
+from pipeline.files import hash_file, read_json, write_json
+from pipeline.provenance import package_versions
+from pipeline.schema import RunConfig, TrainMethod
+
+PARAM_GROUPS = ("data", "model", "quantization", "lora", "train")
+CONTEXTS = {"train": "training", "validation": "validation", "test": "test", "general": "forgetting"}
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What `models/run.json` holds.
+
+    Attributes:
+        fingerprint: of the training; the key of the run in every store.
+        params: flat settings (`lora.r`), native JSON values.
+        datasets: name, digest (36 characters at most), context, num_rows, source.
+        run_id: in the store that knew the run first; None when tracking was off or out of reach.
+        started_at: milliseconds since 1970.
+    """
+
+    fingerprint: str
+    run_name: str
+    params: dict[str, Any]
+    tags: dict[str, str]
+    datasets: list[dict[str, Any]] = field(default_factory=list)
+    run_id: str | None = None
+    started_at: int | None = None
+
+    def save(self, path: Path) -> None:
+        write_json(path, dataclasses.asdict(self))
+
+    @classmethod
+    def load(cls, path: Path) -> "RunRecord":
+        """Raises: DataError: missing, or not such a file."""
+        content = read_json(path)
+        names = {f.name for f in dataclasses.fields(cls)}
+        try:
+            return cls(**{key: value for key, value in content.items() if key in names})
+        except (TypeError, AttributeError):
+            raise DataError(f"{path}: not a run record. Make it again with `dvc repro --force train`.") from None
+
+
+def training_record(
+    config: RunConfig,
+    fingerprint: str,
+    fingerprints: Mapping[str, str],
+    datasets: Sequence[Mapping[str, Any]] = (),
+    environment: Mapping[str, str] | None = None,
+) -> RunRecord:
+    """The run of one training.
+
+    Args:
+        fingerprint: of the training, hex.
+        fingerprints: of what went in: `data`, `base`, `code`.
+        datasets: see `describe_datasets`.
+        environment: more tags, see `read_environment`.
+    """
+    settings = dataclasses.asdict(config)
+    params = dict(flatten({group: settings[group] for group in PARAM_GROUPS}))
+    tags = {"fingerprint": fingerprint, "method": str(config.train.method)}
+    tags |= {f"fingerprint.{name}": value for name, value in fingerprints.items()}
+    tags |= {f"version.{name}": value for name, value in package_versions().items()}
+    name = f"{_describe(config)} · {fingerprint[:6]}"
+    return RunRecord(fingerprint, name, params, tags | dict(environment or {}), [dict(d) for d in datasets])
+
+
+def _describe(config: RunConfig) -> str:
+    rate = f"{config.train.learning_rate:.3g}"
+    if config.train.learning_rate < 0.1:
+        digits, exponent = f"{config.train.learning_rate:.2e}".split("e")
+        rate = f"{float(digits):g}e{int(exponent)}"
+    if config.train.method is TrainMethod.full:
+        return f"full lr{rate}"
+    targets = config.lora.target_modules
+    named = targets if isinstance(targets, str) else ",".join(targets)
+    modules = named if len(named) <= 24 else f"{len(targets)} modules"
+    variants = "".join(f" {name}" for name in ("rslora", "dora") if getattr(config.lora, f"use_{name}"))
+    return f"{config.train.method} r{config.lora.r} a{config.lora.lora_alpha:g} {modules} lr{rate}{variants}"
+
+
+def describe_datasets(config: RunConfig, processed: Path) -> list[dict[str, Any]]:
+    """One entry a processed split that is there: name, digest of its content, context, num_rows, source."""
+    from pipeline.dataset import load_split
+
+    source = config.data.hub_id or config.data.path
+    name = Path(source).stem
+    found = []
+    for split, context in CONTEXTS.items():
+        path = processed / f"{split}.arrow"
+        if path.exists():
+            of_split = config.data.general_path if split == "general" else source
+            found.append(
+                {
+                    "name": Path(of_split).stem if split == "general" else f"{name}-{split}",
+                    "digest": hash_file(path)[:16],
+                    "context": context,
+                    "num_rows": len(load_split(processed, split)),
+                    "source": of_split,
+                }
+            )
+    return found
+
+
+def read_environment(root: Path) -> dict[str, str]:
+    """Tags that only this process knows: the DVC experiment, git's commit, the user."""
+    tags = {"mlflow.source.type": "LOCAL", "mlflow.source.name": "stages/train.py"}
+    user = os.environ.get("USER") or os.environ.get("LOGNAME")
+    if user:
+        tags["mlflow.user"] = user
+    if name := os.environ.get("DVC_EXP_NAME"):
+        tags["dvc_experiment"] = name
+    command = ["git", "-C", str(root), "rev-parse", "HEAD"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=5, check=False)
+    except (OSError, subprocess.TimeoutExpired):  # no git: the code's fingerprint is there all the same
+        return tags
+    if answer.returncode == 0:
+        tags["mlflow.source.git.commit"] = answer.stdout.strip()
+    return tags
+
+
+def flatten(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys and leaves of nested mappings."""
+    for key, item in value.items():
+        if isinstance(item, Mapping):
+            yield from flatten(item, f"{prefix}{key}.")
+        else:
+            yield prefix + key, item
+
+
+def format_value(value: Any) -> str:
+    """A setting as MLflow shows it, the way YAML writes it: `null`, `true`, `16`, `0.005`, `["q_proj"]`."""
+    if isinstance(value, str):
+        return str(value)
+    if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
+        return str(int(value))
+    return json.dumps(value, ensure_ascii=False)

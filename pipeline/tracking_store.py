@@ -1,0 +1,191 @@
+"""The MLflow store: which one, made once and safely, found out quickly when it is out of reach.
+
+Nothing here uses MLflow's global state; `import mlflow` (2 to 3 s) happens in `open_store`.
+"""
+
+import contextlib
+import fcntl
+import logging
+import os
+import socket
+import sqlite3
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+
+from pipeline.errors import TrackingError
+from pipeline.workspace import project_root
+
+logger = logging.getLogger(__name__)
+PROBE_SECONDS = 3
+LOCK_SECONDS = 120
+ENVIRONMENT = {  # of this process; what the user has set stands
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",  # MLflow's own: 7 with backoff, four minutes against a dead server
+    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+}
+
+
+@dataclass
+class Store:
+    """An open store: `client` is a `mlflow.tracking.MlflowClient`."""
+
+    client: Any
+    uri: str
+    experiment_id: str
+
+
+def store_uri() -> str:
+    """MLFLOW_TRACKING_URI, else `mlflow.db` of the project; a relative sqlite path is the project's too."""
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
+    path = sqlite_path(uri)
+    return uri if path is None or path.is_absolute() else f"sqlite:///{project_root() / path}"
+
+
+def sqlite_path(uri: str) -> Path | None:
+    return Path(uri.removeprefix("sqlite:///").split("?")[0]) if uri.startswith("sqlite:///") else None
+
+
+def redact(uri: str) -> str:
+    """The address without user and password."""
+    parts = urlsplit(uri)
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])) if parts.netloc else uri
+
+
+def experiment_name() -> str:
+    return os.environ.get("MLFLOW_EXPERIMENT_NAME") or project_root().name
+
+
+def open_store() -> Store:
+    """Opens the store and the project's experiment, and makes both where they are missing.
+
+    Raises:
+        TrackingError: the store is out of reach or cannot be used; within a few seconds.
+    """
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    uri = store_uri()
+    probe(uri)
+    from mlflow.exceptions import MlflowException
+    from mlflow.tracking import MlflowClient
+
+    try:
+        with store_lock():
+            path = sqlite_path(uri)
+            if path is not None:
+                _make_sqlite(path)
+            client = MlflowClient(uri)
+            return Store(client, uri, _experiment(client, uri))
+    except (MlflowException, OSError) as error:
+        raise unusable(uri, error) from error
+
+
+def unusable(uri: str, error: Exception) -> TrackingError:
+    first_line = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+    return TrackingError(f"MLflow at {redact(uri)}: {first_line}")
+
+
+def probe(uri: str) -> None:
+    """Raises: TrackingError: nobody answers at the address within PROBE_SECONDS."""
+    parts = urlsplit(uri)
+    if not parts.hostname or parts.scheme.startswith("databricks"):
+        return
+    try:
+        if parts.scheme in ("http", "https"):
+            urllib.request.urlopen(f"{redact(uri).rstrip('/')}/health", timeout=PROBE_SECONDS).close()
+        elif parts.port:
+            socket.create_connection((parts.hostname, parts.port), timeout=PROBE_SECONDS).close()
+    except urllib.error.HTTPError:
+        return  # somebody answers; what MLflow may do there, MLflow will say
+    except OSError as error:
+        reason = getattr(error, "reason", error)
+        raise TrackingError(
+            f"MLFLOW_TRACKING_URI: no answer from {redact(uri)} within {PROBE_SECONDS} s ({reason}). "
+            "Start the server, or unset the variable to use mlflow.db in the project."
+        ) from None
+
+
+@contextlib.contextmanager
+def store_lock() -> Iterator[None]:
+    """One process of this project at a time: a fresh store is made once, and an adapter gets one run.
+
+    Raises:
+        TrackingError: another process holds it for LOCK_SECONDS.
+    """
+    path = project_root() / ".training" / "tracking.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        deadline = time.monotonic() + LOCK_SECONDS
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise TrackingError(f"{path}: held by another process for {LOCK_SECONDS} s. Is one hanging?") from None
+                time.sleep(0.05)
+        yield  # closing the file gives the lock back, also when the process is killed
+
+
+def _make_sqlite(path: Path) -> None:
+    """Makes the database under another name first: one that was killed half-way is never opened.
+
+    Call it with the store's lock. About 8 s, once (MLflow runs all its migrations).
+    """
+    if path.exists():
+        return
+    from mlflow.store.db.utils import _initialize_tables, create_sqlalchemy_engine
+
+    logger.info("making the MLflow store %s (once, some seconds)", path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    unfinished.unlink(missing_ok=True)
+    loggers = [logging.getLogger(name) for name in ("mlflow.store.db.utils", "alembic")]
+    levels = [each.level for each in loggers]
+    for each in loggers:
+        each.setLevel(logging.WARNING)
+    engine = create_sqlalchemy_engine(f"sqlite:///{unfinished}")
+    try:
+        _initialize_tables(engine)
+    finally:
+        engine.dispose()
+        for each, level in zip(loggers, levels, strict=True):
+            each.setLevel(level)
+    unfinished.replace(path)
+
+
+def _experiment(client: Any, uri: str) -> str:
+    name = experiment_name()
+    path = sqlite_path(uri)
+    location = None
+    if urlsplit(uri).scheme not in ("http", "https", "databricks"):
+        location = ((path.parent if path else project_root()) / "mlartifacts").as_uri()
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        return client.create_experiment(name, artifact_location=location)
+    if found.lifecycle_stage != "active":
+        raise TrackingError(
+            f"MLflow experiment '{name}' is deleted. Restore it with `mlflow experiments restore -x {found.experiment_id}`, "
+            "or name another one in MLFLOW_EXPERIMENT_NAME."
+        )
+    if path is not None and "MLFLOW_TRACKING_URI" not in os.environ and found.artifact_location != location:
+        _move_artifacts(path, found.artifact_location, str(location))
+    return found.experiment_id
+
+
+def _move_artifacts(path: Path, old: str, new: str) -> None:
+    """The project folder was moved or copied: MLflow's absolute artifact paths follow it."""
+    logger.info("mlflow.db: the project moved from %s to %s; artifact paths follow", old, new)
+    with contextlib.closing(sqlite3.connect(path, timeout=30)) as database, database:
+        for table, column in (("experiments", "artifact_location"), ("runs", "artifact_uri"), ("logged_models", "artifact_location")):
+            database.execute(
+                f"UPDATE {table} SET {column} = ? || substr({column}, ?) WHERE {column} = ? OR substr({column}, 1, ?) = ?",
+                (new, len(old) + 1, old, len(old) + 1, old + "/"),
+            )
