@@ -33,7 +33,7 @@ SPECIAL_TOKENS = ["<|pad|>", "<|begin|>", "<|end|>", "<|system|>", "<|user|>", "
 PAD, BOS, EOS = 0, 1, 2
 VOCABULARY_SIZE = 1536
 CONTEXT = 512
-BATCH = 16
+BATCH = 8
 CHAT_SHARE = 0.6
 STEPS = 1500
 SEED = 7
@@ -171,7 +171,7 @@ def pretrain(model: LlamaForCausalLM, blocks: Iterator[Tensor], held_out: Tensor
             optimizer.param_groups[0]["lr"] = rate * schedule(step / steps)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        if step % 50 == 0 or step == steps:
+        if step % 20 == 0 or step == steps:
             print(f"step {step}/{steps}  loss {loss.item():.3f}  {time.monotonic() - started:.0f} s", flush=True)
     model.eval()
     with torch.no_grad():

@@ -81,7 +81,7 @@ def check_keys(overrides: Sequence[str]) -> None:
         key = override.key_or_group
         if key in known or key.startswith("hydra") or any(key.startswith(f"{k}/") for k in known):
             continue
-        nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+        nearest = difflib.get_close_matches(key, [k for k in known if k.count(".") == key.count(".")], n=1, cutoff=0.5)
         hint = f"did you mean {nearest[0]}?" if nearest else "see `conf/` for the names"
         found.append(f"{key}: no such setting; {hint}")
     if found:
@@ -130,8 +130,9 @@ def _with_runtime(config: DictConfig) -> DictConfig:
 
 def _reason(error: BaseException) -> str:
     """Hydra's and OmegaConf's message without their advice for programmers, the causes included."""
-    lines = [line for line in str(error).splitlines() if line.strip() and "object_type=" not in line]
-    lines = [line.strip() for line in lines if not line.strip().startswith(("reference_type", "To append to your"))]
+    text = str(error).split("Config search path:")[0]
+    noise = ("object_type", "reference_type", "To append to your", "See https://")
+    lines = [line.strip() for line in text.splitlines() if line.strip() and not line.strip().startswith(noise)]
     if error.__cause__ is not None and str(error.__cause__) not in str(error):
         lines.append(_reason(error.__cause__))
     return "\n".join(lines)

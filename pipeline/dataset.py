@@ -38,8 +38,8 @@ class Example:
     """One tokenised row; see the module's columns."""
 
     row_id: str
-    input_ids: Sequence[int]
-    completion_mask: Sequence[int]
+    input_ids: Sequence[int] | np.ndarray
+    completion_mask: Sequence[int] | np.ndarray
     num_prompt_tokens: int
     prompt: str
     references: Sequence[str]

@@ -8,9 +8,11 @@ maximum length) is kept out: every model is asked the same question in the same 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+from peft import PeftModel
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -28,7 +30,7 @@ class Answer:
     ended: bool
 
 
-def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, split: Split) -> list[int]:
+def stop_token_ids(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, split: Split) -> list[int]:
     """Every token that ends an answer, ascending.
 
     The tokenizer's end token, those of the model's generation config (instruction-tuned models name several), and
@@ -45,13 +47,14 @@ def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, s
     return sorted(stops - {None})
 
 
-def plain_model(model: PreTrainedModel) -> PreTrainedModel:
+def plain_model(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     """The transformers model inside a PEFT wrapper (its layers hold the adapter); any other model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    plain: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    return plain
 
 
 def generate_answers(
-    model: PreTrainedModel,
+    model: PreTrainedModel | PeftModel,
     prompts: Sequence[np.ndarray],
     *,
     stop_ids: list[int],
@@ -71,19 +74,19 @@ def generate_answers(
         context: the model's longest sequence; a prompt that leaves less room than `max_new_tokens` gets what is left.
         progress: what the progress bar says; None: no bar.
     """
-    model = plain_model(model)
-    was_training = model.training
-    model.eval()
+    plain = plain_model(model)
+    was_training = plain.training
+    plain.eval()
     answers: list[Answer | None] = [None] * len(prompts)
     batches = list(_batches([len(prompt) for prompt in prompts], max_new_tokens, batch_size, context))
     bar = tqdm(total=len(prompts), desc=progress, disable=progress is None, leave=False, unit="row")
-    with torch.no_grad(), _no_inherited_generation_config(model), bar:
+    with torch.no_grad(), _no_inherited_generation_config(plain), bar:
         for rows, room in batches:
-            generated = _generate([prompts[row] for row in rows], model, stop_ids, pad_token_id, room)
+            generated = _generate([prompts[row] for row in rows], plain, stop_ids, pad_token_id, room)
             for row, ids in zip(rows, generated, strict=True):
                 answers[row] = _until_stop(ids, set(stop_ids))
             bar.update(len(rows))
-    model.train(was_training)
+    plain.train(was_training)
     return [answer for answer in answers if answer is not None]
 
 
@@ -106,7 +109,7 @@ def _batches(
 
 
 def _generate(
-    prompts: list[np.ndarray], model: PreTrainedModel, stop_ids: list[int], pad_token_id: int, room: int
+    prompts: list[np.ndarray], model: Any, stop_ids: list[int], pad_token_id: int, room: int
 ) -> list[list[int]]:
     """The new tokens of each prompt, padding and all; nothing where there is no room."""
     if room < 1:

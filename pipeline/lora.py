@@ -102,7 +102,7 @@ def _features(module: torch.nn.Module) -> tuple[int, int]:
 
 def save_adapter(model: peft.PeftModel, folder: Path) -> None:
     """PEFT format; equal adapters give equal bytes (peft itself writes target_modules in hash order)."""
-    model.save_pretrained(str(folder), safe_serialization=True)
+    model.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # a card of placeholders
     path = folder / "adapter_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))

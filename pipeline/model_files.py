@@ -1,6 +1,7 @@
 """Files of a model: where the base lies (folder or Hub), what its safetensors hold, folders written whole or not at all."""
 
 import errno
+import hashlib
 import json
 import os
 import re
@@ -59,17 +60,13 @@ def check_revision(model: ModelConfig) -> None:
 
 def _hub_snapshot(model: ModelConfig, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
 
     check_revision(model)
     patterns = [*SMALL_FILES, *(["*.safetensors"] if weights else []), *(["*.py"] if model.trust_remote_code else [])]
     with hub_errors(model):
-        try:
-            folder = snapshot_download(
-                model.hub_id, revision=model.revision, allow_patterns=patterns, ignore_patterns=LEFT_ON_THE_HUB
-            )
-        except HfHubHTTPError:  # an OSError with an answer of the Hub in it: `hub_errors` reads that
-            raise
+        folder = snapshot_download(
+            str(model.hub_id), revision=model.revision, allow_patterns=patterns, ignore_patterns=LEFT_ON_THE_HUB
+        )
     return Path(folder)
 
 
@@ -83,7 +80,6 @@ def hub_errors(model: ModelConfig) -> Iterator[None]:
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
-    from httpx import HTTPError
 
     where = f"model.hub_id: {model.hub_id} at revision {model.revision}"
     try:
@@ -96,7 +92,7 @@ def hub_errors(model: ModelConfig) -> Iterator[None]:
         raise ModelError(f"{where}: the Hub has no such model, or it is private and you are not logged in (`hf auth login`).") from None
     except NotASafetensorsRepoError:
         raise ModelError(f"{where}: holds no safetensors, and pickle weights are not loaded. {_conversion_advice(model.hub_id or '')}") from None
-    except (OSError, HTTPError) as error:
+    except Exception as error:  # the Hub's client changes its HTTP library, and with it the classes, between versions
         raise ModelError(
             f"{where}: the Hub cannot be reached and the cache does not hold the model ({type(error).__name__}). Check the network and "
             f"HF_HUB_OFFLINE, or fetch it elsewhere (`hf download {model.hub_id} --revision {model.revision} --local-dir FOLDER`), "
@@ -158,7 +154,8 @@ def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
 
 def hash_folder(folder: Path) -> str:
     """SHA-256 over the configuration and the weights."""
-    return "-".join([hash_file(folder / CONFIG), *(hash_file(path) for path in weight_files(folder))])
+    hashes = [hash_file(folder / CONFIG), *(hash_file(path) for path in weight_files(folder))]
+    return hashlib.sha256("\n".join(hashes).encode()).hexdigest()
 
 
 @contextmanager

@@ -63,8 +63,8 @@ def load_model_folder(
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
     try:
-        with _quiet_transformers():
-            model, info = AutoModelForCausalLM.from_pretrained(
+        with quiet_transformers():
+            model, info = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]  # a pair, by output_loading_info
                 folder,
                 config=config.get_text_config(),
                 dtype=dtype,
@@ -150,7 +150,7 @@ def _hub_shapes(model: ModelConfig, small: Path) -> dict[str, tuple[int, ...]]:
 
 def _check_shapes(folder: Path, config: PreTrainedConfig, shapes: dict[str, tuple[int, ...]], trust_remote_code: bool) -> None:
     """Compares the stored shapes with those that config.json asks for (the model is made on the meta device, without memory)."""
-    with torch.device("meta"), _quiet_transformers():
+    with torch.device("meta"), quiet_transformers():
         try:
             model = AutoModelForCausalLM.from_config(config.get_text_config(), trust_remote_code=trust_remote_code)
         except (ValueError, KeyError, TypeError, RuntimeError, ZeroDivisionError, AttributeError) as error:
@@ -180,7 +180,7 @@ def hash_model(model: ModelConfig) -> str:
 
 
 @contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """No progress bars and load reports from transformers: what matters in them is raised as an error."""
     verbosity = transformers_logging.get_verbosity()
     bars = transformers_logging.is_progress_bar_enabled()

@@ -50,15 +50,16 @@ def bleu(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> flo
     Source: Papineni et al. 2002, by sacrebleu (Post 2018).
 
     Raises:
-        ValueError: no rows, as many predictions as rows of references are not given, or a row has no reference.
+        ValueError: no rows, another number of predictions than of rows of references, or a row without reference.
     """
     if not predictions or len(predictions) != len(references) or not all(references):
-        raise ValueError(f"bleu: {len(predictions)} predictions and {len(references)} rows of references; each row needs one or more")
+        rows = f"{len(predictions)} predictions and {len(references)} rows of references"
+        raise ValueError(f"bleu: {rows}; each row needs one reference or more")
     from sacrebleu.metrics.bleu import BLEU
 
     # sacrebleu wants the k-th reference of every row as one stream; None marks a row that has fewer.
     width = max(map(len, references))
-    streams = [[row[k] if k < len(row) else None for row in references] for k in range(width)]
+    streams: list[Any] = [[row[k] if k < len(row) else None for row in references] for k in range(width)]
     return float(BLEU().corpus_score(list(predictions), streams).score)
 
 

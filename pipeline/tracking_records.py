@@ -6,6 +6,7 @@ that yesterday's evaluation never lands on today's row.
 """
 
 import json
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,26 +59,26 @@ class Record:
     left_out: list[str] = field(default_factory=list)
 
 
-def read_record(folder: Path, stages: Sequence[str] = STAGES, trusted: bool = False) -> Record:
+def read_record(
+    folder: Path, stages: Sequence[str] = STAGES, trusted: bool = False, run: RunRecord | None = None
+) -> Record:
     """Reads what the named stages left in `folder`.
 
     Args:
         stages: others are not looked at.
         trusted: the caller knows that every stage measured this adapter (it has just run).
+        run: None: `models/run.json` of the folder.
 
     Raises:
         DataError: `models/run.json` is missing, or a file cannot be read.
     """
-    record = Record(RunRecord.load(folder / RUN))
-    linked = True
+    record = Record(run or RunRecord.load(folder / RUN))
     for stage in stages:
         metrics = folder / "metrics" / f"{stage}.json"
         if not metrics.exists():
             continue
-        if not trusted and stage != "train":
-            linked = _belongs(folder, stage, record) if stage != "gate" else _gate_belongs(folder, record)
-            if not linked:
-                continue
+        if not trusted and not _belongs(folder, stage, record):
+            continue
         _add_metrics(record, stage, read_json(metrics))
         record.artifacts[f"metrics/{stage}.json"] = metrics
         _add_settings(record, folder, stage)
@@ -89,6 +90,10 @@ def read_record(folder: Path, stages: Sequence[str] = STAGES, trusted: bool = Fa
 
 
 def _belongs(folder: Path, stage: str, record: Record) -> bool:
+    if stage == "train":
+        return True
+    if stage == "gate":
+        return _gate_belongs(folder, record)
     path = folder / FOLDERS[stage] / PROVENANCE
     measured = read_json(path).get("adapter_sha256") if path.exists() else None
     if measured is None:
@@ -102,9 +107,11 @@ def _belongs(folder: Path, stage: str, record: Record) -> bool:
 
 def _gate_belongs(folder: Path, record: Record) -> bool:
     """The gate judged exactly the metrics that stand beside it, and these are this adapter's."""
-    inputs = read_json(folder / "metrics/gate.json").get("inputs", {})
-    same = bool(inputs) and all((folder / name).exists() and hash_file(folder / name) == digest for name, digest in inputs.items())
-    if not same or record.left_out:
+    inputs = dict(
+        read_json(folder / "metrics/gate.json").get("inputs", [])
+    )  # pairs: DVC would show an object as metrics
+    there = {name: hash_file(folder / name) for name in inputs if (folder / name).exists()}
+    if not inputs or there != inputs or record.left_out:
         record.left_out.append("gate: its verdict is not of these metrics (run `dvc repro`)")
         return False
     return True
@@ -128,9 +135,9 @@ def _add_settings(record: Record, folder: Path, stage: str) -> None:
 
 
 def _add_training(record: Record, folder: Path) -> None:
-    started = record.run.started_at or int((folder / RUN).stat().st_mtime * 1000)
+    started = record.run.started_at or int(time.time() * 1000)
     duration = int(1000 * record.values.get("train.duration_seconds", 0.0))
-    record.ended_at = started + duration
+    record.ended_at = min(started + duration, int(time.time() * 1000))  # a stored training, recorded again, is older
     events = list(_read_lines(folder / HISTORY))
     last = max((event["step"] for event in events), default=0) or 1
     for event in events:

@@ -1,4 +1,4 @@
-"""One trained adapter as a run: its name, params, tags and datasets, kept in `models/run.json`. Pure: no MLflow here."""
+"""One trained adapter as a run: its name, params, tags and datasets, kept in `models/run.json`. No MLflow here."""
 
 import dataclasses
 import json
@@ -52,7 +52,7 @@ class RunRecord:
             raise DataError(f"{path}: not a run record. Make it again with `dvc repro --force train`.") from None
 
 
-def training_record(
+def describe_training(
     config: RunConfig,
     fingerprint: str,
     fingerprints: Mapping[str, str],

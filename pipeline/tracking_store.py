@@ -63,14 +63,19 @@ def experiment_name() -> str:
     return os.environ.get("MLFLOW_EXPERIMENT_NAME") or project_root().name
 
 
+def set_environment() -> None:
+    """Before MLflow is imported: short timeouts and no telemetry in this process."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+
+
 def open_store() -> Store:
     """Opens the store and the project's experiment, and makes both where they are missing.
 
     Raises:
         TrackingError: the store is out of reach or cannot be used; within a few seconds.
     """
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
+    set_environment()
     uri = store_uri()
     probe(uri)
     from mlflow.exceptions import MlflowException
@@ -112,14 +117,19 @@ def probe(uri: str) -> None:
         ) from None
 
 
+def outbox() -> Path:
+    """Where records wait that could not be sent; the locks are in `.locks` there."""
+    return project_root() / ".training" / "outbox"
+
+
 @contextlib.contextmanager
-def store_lock() -> Iterator[None]:
-    """One process of this project at a time: a fresh store is made once, and an adapter gets one run.
+def store_lock(name: str = "store") -> Iterator[None]:
+    """One process of this project at a time: a fresh store is made once, an adapter gets one run and no point twice.
 
     Raises:
         TrackingError: another process holds it for LOCK_SECONDS.
     """
-    path = project_root() / ".training" / "tracking.lock"
+    path = outbox() / ".locks" / f"{name}.lock"
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
         deadline = time.monotonic() + LOCK_SECONDS
@@ -129,7 +139,7 @@ def store_lock() -> Iterator[None]:
                 break
             except BlockingIOError:
                 if time.monotonic() > deadline:
-                    raise TrackingError(f"{path}: held by another process for {LOCK_SECONDS} s. Is one hanging?") from None
+                    raise TrackingError(f"{path}: another process holds it. Is one hanging?") from None
                 time.sleep(0.05)
         yield  # closing the file gives the lock back, also when the process is killed
 
@@ -141,23 +151,19 @@ def _make_sqlite(path: Path) -> None:
     """
     if path.exists():
         return
-    from mlflow.store.db.utils import _initialize_tables, create_sqlalchemy_engine
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
     logger.info("making the MLflow store %s (once, some seconds)", path)
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.unfinished")
     unfinished.unlink(missing_ok=True)
-    loggers = [logging.getLogger(name) for name in ("mlflow.store.db.utils", "alembic")]
-    levels = [each.level for each in loggers]
-    for each in loggers:
-        each.setLevel(logging.WARNING)
-    engine = create_sqlalchemy_engine(f"sqlite:///{unfinished}")
+    migrations = logging.getLogger("mlflow.store.db.utils")
+    level = migrations.level
+    migrations.setLevel(logging.WARNING)
     try:
-        _initialize_tables(engine)
+        SqlAlchemyStore(f"sqlite:///{unfinished}", (path.parent / "mlartifacts").as_uri()).engine.dispose()
     finally:
-        engine.dispose()
-        for each, level in zip(loggers, levels, strict=True):
-            each.setLevel(level)
+        migrations.setLevel(level)
     unfinished.replace(path)
 
 
@@ -172,8 +178,8 @@ def _experiment(client: Any, uri: str) -> str:
         return client.create_experiment(name, artifact_location=location)
     if found.lifecycle_stage != "active":
         raise TrackingError(
-            f"MLflow experiment '{name}' is deleted. Restore it with `mlflow experiments restore -x {found.experiment_id}`, "
-            "or name another one in MLFLOW_EXPERIMENT_NAME."
+            f"MLflow experiment '{name}' is deleted. Restore it "
+            f"(`mlflow experiments restore -x {found.experiment_id}`) or name another one in MLFLOW_EXPERIMENT_NAME."
         )
     if path is not None and "MLFLOW_TRACKING_URI" not in os.environ and found.artifact_location != location:
         _move_artifacts(path, found.artifact_location, str(location))
@@ -183,9 +189,8 @@ def _experiment(client: Any, uri: str) -> str:
 def _move_artifacts(path: Path, old: str, new: str) -> None:
     """The project folder was moved or copied: MLflow's absolute artifact paths follow it."""
     logger.info("mlflow.db: the project moved from %s to %s; artifact paths follow", old, new)
+    columns = {"experiments": "artifact_location", "runs": "artifact_uri", "logged_models": "artifact_location"}
     with contextlib.closing(sqlite3.connect(path, timeout=30)) as database, database:
-        for table, column in (("experiments", "artifact_location"), ("runs", "artifact_uri"), ("logged_models", "artifact_location")):
-            database.execute(
-                f"UPDATE {table} SET {column} = ? || substr({column}, ?) WHERE {column} = ? OR substr({column}, 1, ?) = ?",
-                (new, len(old) + 1, old, len(old) + 1, old + "/"),
-            )
+        for table, column in columns.items():
+            moved = f"UPDATE {table} SET {column} = ? || substr({column}, ?) WHERE substr({column} || '/', 1, ?) = ?"
+            database.execute(moved, (new, len(old) + 1, len(old) + 1, old + "/"))

@@ -81,6 +81,9 @@ def make_optimizer(settings: TrainConfig, parameters: list[torch.nn.Parameter]) 
         return torch.optim.AdamW(parameters, fused=True, **arguments)
     import bitsandbytes  # on a GPU machine without it, the other optimizers still run
 
+    if settings.optimizer is Optimizer.paged_adamw_8bit and parameters[0].device.type == "cpu":
+        logger.warning("train.optimizer: paged_adamw_8bit does not page on a CPU; the arithmetic is that of adamw_8bit")
+
     classes = {Optimizer.adamw_8bit: bitsandbytes.optim.AdamW8bit, Optimizer.paged_adamw_8bit: bitsandbytes.optim.PagedAdamW8bit}
     return classes[settings.optimizer](parameters, **arguments)
 

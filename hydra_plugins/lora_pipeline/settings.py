@@ -52,7 +52,7 @@ class CheckExperiment(SearchPathPlugin):
 
 
 def _check_hand_edit() -> None:
-    """Raises: ConfigError: params.yaml holds what neither conf/ nor git knows, and composing would overwrite it."""
+    """Raises: ConfigError: params.yaml is neither composed, nor committed, nor an experiment's: composing would lose it."""
     if not PARAMS.exists():
         return
     text = PARAMS.read_text(encoding="utf-8")
@@ -60,12 +60,21 @@ def _check_hand_edit() -> None:
     if text == composed:
         return
     found = "\n".join(f"  {line}" for line in differences(text, composed))
-    blob = subprocess.run(["git", "hash-object", str(PARAMS)], capture_output=True, text=True, check=True).stdout.strip()
-    known = subprocess.run(["git", "cat-file", "-e", blob], capture_output=True, check=False).returncode == 0
-    if known:
-        print(f"params.yaml held settings of an earlier experiment or commit; composing it from conf/ again:\n{found}")
+    if text in _recorded_params():
+        print(f"params.yaml held the settings of a commit or experiment; composing it from conf/ again:\n{found}")
         return
     raise ConfigError(
         f"params.yaml was edited by hand, and `dvc exp run` would overwrite that with what conf/ composes to:\n{found}\n"
         "Give the value with -S, or write it into conf/ and run `make params`."
     )
+
+
+def _recorded_params() -> set[str]:
+    """params.yaml as HEAD and the DVC experiments have it (not DVC's own stashes, which hold the hand edit itself)."""
+    refs = _git("for-each-ref", "--format=%(refname)", "refs/exps").split()
+    names = ["HEAD", *(ref for ref in refs if ref.split("/")[2] not in ("stash", "exec", "celery", "apply"))]
+    return {_git("show", f"{name}:{PARAMS}") for name in names}
+
+
+def _git(*args: str) -> str:
+    return subprocess.run(["git", *args], capture_output=True, text=True, check=False).stdout

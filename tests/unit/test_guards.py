@@ -1,0 +1,76 @@
+"""Each guard passes on a sound training and fails, with its reason, on a broken one."""
+
+import logging
+import math
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from pipeline import guards
+from pipeline.batching import collate
+from pipeline.config import compose_config
+from pipeline.errors import TrainingError
+from pipeline.lora import attach_lora
+from pipeline.losses import supervised_logits
+from pipeline.schema import Bias
+
+
+@pytest.fixture()
+def adapted(tiny_llama: LlamaForCausalLM):
+    return attach_lora(tiny_llama, compose_config([]).lora).eval()
+
+
+def test_only_the_adapter_trains(adapted: torch.nn.Module) -> None:
+    guards.check_only_adapter_trains(adapted, Bias.none)
+    next(p for n, p in adapted.named_parameters() if "embed_tokens" in n).requires_grad_(True)
+    with pytest.raises(TrainingError, match="embed_tokens"):
+        guards.check_only_adapter_trains(adapted, Bias.none)
+    adapted.requires_grad_(False)
+    with pytest.raises(TrainingError, match="no parameter would train"):
+        guards.check_only_adapter_trains(adapted, Bias.none)
+
+
+def test_a_fresh_adapter_must_add_nothing(tiny_llama: LlamaForCausalLM, make_split) -> None:
+    batch = collate(make_split([(5, 6), (3, 4)]), [0, 1], 0)
+    with torch.no_grad():
+        before, _ = supervised_logits(tiny_llama, batch)
+    model = attach_lora(tiny_llama, compose_config([]).lora).eval()
+    guards.check_same_logits(before, model, batch)
+    torch.nn.init.normal_(next(p for n, p in model.named_parameters() if "lora_B" in n), std=0.1)
+    with pytest.raises(TrainingError, match="step 0"):
+        guards.check_same_logits(before, model, batch)
+
+
+def test_the_base_must_stay_as_it_was(adapted: torch.nn.Module) -> None:
+    before = guards.parameter_checksums(guards.frozen_parameters(adapted))
+    guards.check_base_unchanged(before, adapted)
+    name, weight = next((n, p) for n, p in adapted.named_parameters() if "down_proj.base_layer" in n)
+    weight.data[0, 0] += 1e-6
+    with pytest.raises(TrainingError, match="down_proj"):
+        guards.check_base_unchanged(before, adapted)
+
+
+def test_lora_b_must_move(adapted: torch.nn.Module) -> None:
+    with pytest.raises(TrainingError, match="lora_B is still zero"):
+        guards.check_adapter_moved(adapted)
+    next(p for n, p in adapted.named_parameters() if "lora_B" in n).data[0, 0] = 1e-3
+    guards.check_adapter_moved(adapted)
+
+
+def test_nan_names_the_rows(make_split) -> None:
+    split = make_split([(2, 2), (2, 2)])
+    guards.check_finite(1.0, 2.0, 7, split, [0, 1])
+    for loss, norm in ((math.nan, 1.0), (1.0, math.inf)):
+        with pytest.raises(TrainingError, match=r"step 7.*made:1, made:2.*learning_rate"):
+            guards.check_finite(loss, norm, 7, split, [0, 1])
+
+
+def test_a_flat_loss_warns_with_alpha_and_learning_rate(caplog: pytest.LogCaptureFixture) -> None:
+    lora = compose_config([]).lora
+    with caplog.at_level(logging.WARNING):
+        assert not guards.warn_if_flat([4.0 - 0.01 * i for i in range(100)], 5, lora, 1e-3)
+        assert not caplog.records
+        assert guards.warn_if_flat([4.0] * 100, 5, lora, 1e-9)
+    assert "lora_alpha=16" in caplog.text
+    assert "1e-09" in caplog.text
