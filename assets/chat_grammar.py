@@ -133,10 +133,16 @@ SYSTEM_LINES = (
 )
 
 
+def copy_chat(rng: Rng) -> list[Message]:
+    """Returns a chat that only asks to repeat."""
+    question, answer = repeat(rng)
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
 def make_chat(rng: Rng) -> list[Message]:
     """Returns one chat of a random kind, at times with a system line or a tool's answer."""
     messages = [{"role": "system", "content": rng.pick(SYSTEM_LINES)}] if rng.chance(0.1) else []
-    for _ in range(2 if rng.chance(0.1) else 1):
+    for _ in range(rng.between(2, 4) if rng.chance(0.1) else 1):
         question, answer = rng.pick(KINDS)(rng)
         if rng.chance(0.04):
             value = rng.pick((amount, date, person))(rng)

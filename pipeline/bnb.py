@@ -64,14 +64,17 @@ def check_bitsandbytes(device: torch.device) -> None:
     advice = (
         f"installed: bitsandbytes {bnb.__version__}, torch {torch.__version__}"
         + (f" for CUDA {torch.version.cuda}" if torch.version.cuda else " (a CPU build)")
-        + ". Install a bitsandbytes that has a library for this CUDA (`python -m bitsandbytes` tells what it found), or set "
+        + ". Install a bitsandbytes that has a library for this CUDA (`python -m bitsandbytes` tells what it "
+        "found), or set "
         "quantization.method=none and train.method=lora."
     )
     try:
         problem = _trial(device)
     except Exception as error:  # a missing native library shows as many things, from RuntimeError to NameError
         lines = (str(error).strip() or "no message").splitlines()
-        raise ModelError(f"bitsandbytes does not run on {device} ({type(error).__name__}: {lines[0]}); {advice}") from None
+        raise ModelError(
+            f"bitsandbytes does not run on {device} ({type(error).__name__}: {lines[0]}); {advice}"
+        ) from None
     if problem:
         raise ModelError(f"bitsandbytes on {device}: {problem}; {advice}")
 
@@ -113,7 +116,10 @@ def dequantize_4bit(data: torch.Tensor, state: Any, dtype: torch.dtype) -> torch
         ModelError: the codes were repacked by a forward in eval mode.
     """
     if getattr(state, "packing_format_for_cpu", False):
-        raise ModelError("4-bit weights were repacked by a forward in eval mode. Load the base again by pipeline.quantization.load_quantized.")
+        raise ModelError(
+            "4-bit weights were repacked by a forward in eval mode. Load the base again by "
+            "pipeline.quantization.load_quantized."
+        )
     flat = copy.copy(state)
     flat.shape, flat.dtype = torch.Size((1, state.shape.numel())), dtype
     return bnb.functional.dequantize_4bit(data.view(-1, 1), flat).view(state.shape)
@@ -136,12 +142,16 @@ def check_kept_layers(model: torch.nn.Module) -> None:
         x_BI = torch.randn(4, layer.in_features, generator=generator).to(layer.weight.device, dtype)
         with torch.no_grad():
             product_BO = layer(x_BI).float()
-            expected_BO = torch.nn.functional.linear(x_BI, dequantize_4bit(layer.weight.data, state, dtype), layer.bias).float()
+            expected_BO = torch.nn.functional.linear(
+                x_BI, dequantize_4bit(layer.weight.data, state, dtype), layer.bias
+            ).float()
         error = float((product_BO - expected_BO).norm() / expected_BO.norm().clamp(min=1e-30))
         if not error < 0.02:  # bf16 sums differ by some 0.005
             raise ModelError(
-                f"{name}: bitsandbytes' 4-bit product on {x_BI.device} is off by {error:.2f} at width {layer.in_features} and "
-                f"blocksize {state.blocksize}. Set runtime.keep_quantized=never (the weights are dequantised right), or a "
+                f"{name}: bitsandbytes' 4-bit product on {x_BI.device} is off by {error:.2f} at width "
+                f"{layer.in_features} and "
+                f"blocksize {state.blocksize}. Set runtime.keep_quantized=never (the weights are dequantised "
+                "right), or a "
                 "quantization.blocksize that divides the width."
             )
 

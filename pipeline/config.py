@@ -8,13 +8,16 @@ import difflib
 import errno
 import itertools
 import logging
+import resource
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 import hydra
+import psutil
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
@@ -187,12 +190,16 @@ def stage(body: Body, name: str) -> Callable[[], None]:
         with clean_errors(name):
             settings = to_settings(config)
             runtime = settings.runtime
+            started = time.time()
             body(settings, Workspace(Path(runtime.inputs_dir), Path(runtime.output_dir)))
             if runtime.output_dir != ".":
                 logger.info("outputs are in %s", runtime.output_dir)
+            _log_times(name, imported, started)
 
     task.__module__ = body.__module__
     entry = hydra.main(version_base="1.3", config_path=str(CONF), config_name="run")(task)
+
+    imported = time.time()  # a stage's module calls this after its imports
 
     def main() -> None:
         with clean_errors(name):
@@ -225,6 +232,14 @@ class clean_errors:  # noqa: N801 (a context manager reads as a verb phrase)
     def _exit(self, message: str, code: int) -> None:
         print(f"{self.name}: error: {message}", file=sys.stderr)
         raise SystemExit(code) from None
+
+
+def _log_times(name: str, imported: float, started: float) -> None:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    logger.info(
+        "%s: imports %.1f s, settings %.1f s, work %.1f s, peak memory %.2f GB",
+        name, imported - psutil.Process().create_time(), started - imported, time.time() - started, peak,
+    )  # fmt: skip
 
 
 def _quiet_logs() -> None:

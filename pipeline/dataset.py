@@ -139,7 +139,11 @@ def load_split(folder: Path, name: str) -> Split:
     except FileNotFoundError:
         raise DataError(f"{path}: no such file. Make it with `dvc repro prepare`.") from None
     except pa.ArrowInvalid as error:
-        raise DataError(f"{path}: not an Arrow stream ({error}). Make it again with `dvc repro --force prepare`.") from None
+        raise DataError(
+            f"{path}: not an Arrow stream ({error}). Make it again with `dvc repro --force prepare`."
+        ) from None
     if table.schema.names != SCHEMA.names:
-        raise DataError(f"{path}: has columns {table.schema.names}, expected {SCHEMA.names}. Run `dvc repro --force prepare`.")
+        raise DataError(
+            f"{path}: has columns {table.schema.names}, expected {SCHEMA.names}. Run `dvc repro --force prepare`."
+        )
     return Split(table, name)

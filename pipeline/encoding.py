@@ -125,6 +125,8 @@ class Encoder:
 
         What the template writes, system messages and every answer stay whole.
         """
+        if sum(end - start for start, end in tokens[1]) >= self._max_length:
+            return None
         while len(tokens[0]) > self._max_length:
             lengths = {i: len(m["content"]) for i, m in enumerate(layout.messages) if m["role"] in ("user", "tool")}
             longest = max(lengths, key=lambda i: lengths[i], default=-1)

@@ -5,11 +5,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from pipeline.dataset import Split, load_split
-from pipeline.generation import generate_answers, plain_model, stop_token_ids
+from pipeline.generation import Model, generate_answers, plain_model, stop_token_ids
 from pipeline.losses import measure_loss
 from pipeline.schema import EvaluateConfig
 from pipeline.scoring import exact_match, rouge_l, task_scores
@@ -18,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 
 def evaluate_model(
-    model: PreTrainedModel | PeftModel,
+    model: Model,
     tokenizer: PreTrainedTokenizerBase,
     processed_folder: Path,
     evaluate: EvaluateConfig,
@@ -62,7 +61,7 @@ def evaluate_model(
 
 
 def answer_rows(
-    model: PreTrainedModel | PeftModel,
+    model: Model,
     tokenizer: PreTrainedTokenizerBase,
     split: Split,
     evaluate: EvaluateConfig,

@@ -8,15 +8,19 @@ maximum length) is kept out: every model is asked the same question in the same 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, Union
 
 import numpy as np
 import torch
-from peft import PeftModel
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.dataset import Split
+
+if TYPE_CHECKING:  # importing peft imports bitsandbytes, which pipeline.bnb has to do
+    from peft import PeftModel
+
+Model = Union[PreTrainedModel, "PeftModel"]  # as it is, or with an adapter
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,7 @@ class Answer:
     ended: bool
 
 
-def stop_token_ids(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, split: Split) -> list[int]:
+def stop_token_ids(model: Model, tokenizer: PreTrainedTokenizerBase, split: Split) -> list[int]:
     """Every token that ends an answer, ascending.
 
     The tokenizer's end token, those of the model's generation config (instruction-tuned models name several), and
@@ -47,14 +51,14 @@ def stop_token_ids(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedToke
     return sorted(stops - {None})
 
 
-def plain_model(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+def plain_model(model: Model) -> PreTrainedModel:
     """The transformers model inside a PEFT wrapper (its layers hold the adapter); any other model itself."""
-    plain: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    return plain
+    wrapped: Any = model
+    return wrapped.get_base_model() if hasattr(wrapped, "get_base_model") else wrapped
 
 
 def generate_answers(
-    model: PreTrainedModel | PeftModel,
+    model: Model,
     prompts: Sequence[np.ndarray],
     *,
     stop_ids: list[int],

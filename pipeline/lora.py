@@ -9,6 +9,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import pipeline.bnb  # noqa: F401  # before peft, which imports bitsandbytes with it
+
+# isort: split
 import peft
 import torch
 from transformers import PreTrainedModel

@@ -7,6 +7,7 @@ dequantised once and plain, so that W' = W + scaling B A (with DoRA, its norm to
 import dataclasses
 import gc
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,9 @@ def merge_adapter(
     """
     try:
         return _merge_adapter(inputs, merge, folder, device, progress)
+    except ParityError:
+        shutil.rmtree(folder, ignore_errors=True)  # an older merge would look like this one, finished
+        raise
     except torch.OutOfMemoryError as error:
         raise ModelError(
             f"merge: the base in fp32 does not fit on {device} ({str(error).splitlines()[0]}). Merge in main memory: "
@@ -157,7 +161,9 @@ def _check_plain(merged: PreTrainedModel) -> None:
     foreign = (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)
     for name, module in merged.named_modules():
         if isinstance(module, foreign) or type(module).__module__.startswith(("peft.", "bitsandbytes.")):
-            raise ParityError(f"{name}: still a {type(module).__name__} after merging. Report this with lora.* and versions.")
+            raise ParityError(
+                f"{name}: still a {type(module).__name__} after merging. Report this with lora.* and versions."
+            )
     if getattr(merged.config, "quantization_config", None) is not None:
         raise ParityError("config.quantization_config is still set after merging. Report this.")
 

@@ -37,12 +37,16 @@ def model_folder(model: ModelConfig, weights: bool = True) -> Path:
     path = Path(model.path)
     if not path.is_absolute() and os.path.normpath(path).split(os.sep)[0] == "..":
         raise ConfigError(
-            f"model.path: '{model.path}' is relative and leaves the project; temporary experiment folders would lose it. Give an "
-            f"absolute path (`model.path={path.resolve()}`), or copy the folder into the project and track it with `dvc add`."
+            f"model.path: '{model.path}' is relative and leaves the project; temporary experiment folders would "
+            "lose it. Give an "
+            f"absolute path (`model.path={path.resolve()}`), or copy the folder into the project and track it "
+            "with `dvc add`."
         )
     if not path.is_dir():
         what = "is a file, not a model folder" if path.exists() else "no such folder"
-        raise ModelError(f"model.path: '{model.path}': {what}. It takes a folder with config.json, *.safetensors and a tokenizer.")
+        raise ModelError(
+            f"model.path: '{model.path}': {what}. It takes a folder with config.json, *.safetensors and a tokenizer."
+        )
     if not (path / CONFIG).is_file():
         raise ModelError(f"model.path: '{model.path}' has no {CONFIG}. It takes a folder that `save_pretrained` wrote.")
     return path
@@ -52,8 +56,10 @@ def check_revision(model: ModelConfig) -> None:
     """Raises: ConfigError: a Hub model without a pinned commit."""
     if model.hub_id is not None and not re.fullmatch(r"[0-9a-f]{40}", model.revision or ""):
         raise ConfigError(
-            f"model.revision: {model.revision!r} does not pin a commit of {model.hub_id}; it takes 40 hex digits, so that the same "
-            f"weights load every time. Open https://huggingface.co/{model.hub_id}/commits/main, read the change, copy the full hash "
+            f"model.revision: {model.revision!r} does not pin a commit of {model.hub_id}; it takes 40 hex digits, "
+            "so that the same "
+            f"weights load every time. Open https://huggingface.co/{model.hub_id}/commits/main, read the change, "
+            "copy the full hash "
             f"of its newest commit, and write it into {model.path} (`revision: ...`)."
         )
 
@@ -85,17 +91,29 @@ def hub_errors(model: ModelConfig) -> Iterator[None]:
     try:
         yield
     except GatedRepoError:
-        raise ModelError(f"{where}: its owner lets in only who accepted the licence. Accept it on the model's page, then `hf auth login`.") from None
+        raise ModelError(
+            f"{where}: its owner lets in only who accepted the licence. Accept it on the model's "
+            "page, then `hf auth login`."
+        ) from None
     except RevisionNotFoundError:
-        raise ModelError(f"{where}: the Hub has no such commit. See https://huggingface.co/{model.hub_id}/commits/main.") from None
+        raise ModelError(
+            f"{where}: the Hub has no such commit. See https://huggingface.co/{model.hub_id}/commits/main."
+        ) from None
     except (RepositoryNotFoundError, HFValidationError):
-        raise ModelError(f"{where}: the Hub has no such model, or it is private and you are not logged in (`hf auth login`).") from None
+        raise ModelError(
+            f"{where}: the Hub has no such model, or it is private and you are not logged in (`hf auth login`)."
+        ) from None
     except NotASafetensorsRepoError:
-        raise ModelError(f"{where}: holds no safetensors, and pickle weights are not loaded. {_conversion_advice(model.hub_id or '')}") from None
+        raise ModelError(
+            f"{where}: holds no safetensors, and pickle weights are not loaded. "
+            f"{_conversion_advice(model.hub_id or '')}"
+        ) from None
     except Exception as error:  # the Hub's client changes its HTTP library, and with it the classes, between versions
         raise ModelError(
-            f"{where}: the Hub cannot be reached and the cache does not hold the model ({type(error).__name__}). Check the network and "
-            f"HF_HUB_OFFLINE, or fetch it elsewhere (`hf download {model.hub_id} --revision {model.revision} --local-dir FOLDER`), "
+            f"{where}: the Hub cannot be reached and the cache does not hold the model ({type(error).__name__}). "
+            "Check the network and "
+            f"HF_HUB_OFFLINE, or fetch it elsewhere (`hf download {model.hub_id} --revision {model.revision} "
+            "--local-dir FOLDER`), "
             "bring the folder here and set model.hub_id=null model.path=/absolute/FOLDER."
         ) from None
 
@@ -122,15 +140,20 @@ def weight_files(folder: Path) -> list[Path]:
             raise ModelError(f"{folder / INDEX}: not a safetensors index ({error}). Fetch the model again.") from None
         missing = [name for name in names if not (folder / name).is_file()]
         if missing:
-            raise ModelError(f"{folder}: {INDEX} names {', '.join(missing)}, which is not there. Fetch the model again.")
+            raise ModelError(
+                f"{folder}: {INDEX} names {', '.join(missing)}, which is not there. Fetch the model again."
+            )
         return [folder / name for name in names]
     pickles = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLES)
     if pickles:
         raise ModelError(
-            f"{folder}: holds pickle weights only ({', '.join(pickles[:3])}), which can run code when loaded, so they are not. "
-            + _conversion_advice(str(folder))
+            f"{folder}: holds pickle weights only ({', '.join(pickles[:3])}), which can run code when loaded, so "
+            "they are not. " + _conversion_advice(str(folder))
         )
-    raise ModelError(f"{folder}: holds no weights (looked for {WEIGHTS} and {INDEX}). Fetch the whole model (with git: `git lfs pull`).")
+    raise ModelError(
+        f"{folder}: holds no weights (looked for {WEIGHTS} and {INDEX}). Fetch the whole model (with "
+        "git: `git lfs pull`)."
+    )
 
 
 def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
@@ -173,7 +196,8 @@ def written_folder(folder: Path, num_bytes: int) -> Iterator[Path]:
     needed = int(num_bytes * 1.05)
     if free < needed:
         raise ModelError(
-            f"{folder}: needs {needed / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB free. Free some (`dvc gc --workspace` drops "
+            f"{folder}: needs {needed / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB free. Free some (`dvc gc "
+            "--workspace` drops "
             "old cached outputs, `hf cache prune` old downloads) and run the stage again; nothing was written."
         )
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
@@ -185,7 +209,9 @@ def written_folder(folder: Path, num_bytes: int) -> Iterator[Path]:
         temporary.replace(folder)
     except Exception as error:
         if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
-            raise ModelError(f"{folder}: the disk was full while writing. Free some space and run the stage again.") from None
+            raise ModelError(
+                f"{folder}: the disk was full while writing. Free some space and run the stage again."
+            ) from None
         raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

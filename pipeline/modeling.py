@@ -76,26 +76,38 @@ def load_model_folder(
                 **options,
             )
     except torch.OutOfMemoryError as error:
-        raise ModelError(f"{folder}: does not fit on {device} ({error}). Take a smaller dtype, or train with train.method=qlora.") from None
+        raise ModelError(
+            f"{folder}: does not fit on {device} ({error}). Take a smaller dtype, or train with train.method=qlora."
+        ) from None
     except (OSError, ValueError, RuntimeError, ImportError, KeyError, TypeError) as error:
         raise ModelError(f"{folder}: cannot be loaded ({type(error).__name__}: {_shorten(str(error))}).") from None
     _check_loading(folder, info, text_only)
+    if text_only:
+        model.__dict__.pop("_weight_conversions", None)  # saved, it is a text model: its names are not turned back
     return model.eval()
 
 
 def _check_loading(folder: Path, info: dict[str, Any], text_only: bool) -> None:
     unexpected = {key for key in info["unexpected_keys"] if not (text_only and OTHER_MODALITIES.search(key))}
     if len(unexpected) < len(info["unexpected_keys"]):
-        logger.info("%s: the text model alone was loaded, without its %d weights for other input", folder, len(info["unexpected_keys"]))
+        logger.info(
+            "%s: the text model alone was loaded, without its %d weights for other input",
+            folder,
+            len(info["unexpected_keys"]),
+        )
     problems = {
         "weights that the architecture needs and the files lack": info["missing_keys"],
         "weights in the files that the architecture lacks": unexpected,
-        "weights of another shape": [f"{key[0]} {tuple(key[1])} for {tuple(key[2])}" for key in info["mismatched_keys"]],
+        "weights of another shape": [
+            f"{key[0]} {tuple(key[1])} for {tuple(key[2])}" for key in info["mismatched_keys"]
+        ],
         "errors": info.get("error_msgs", []),
     }
     found = [f"{what}: {_shorten(_list(keys))}" for what, keys in problems.items() if keys]
     if found:
-        raise ModelError(f"{folder}: config.json and weights do not fit together; " + "; ".join(found) + ". Fetch the model again.")
+        raise ModelError(
+            f"{folder}: config.json and weights do not fit together; " + "; ".join(found) + ". Fetch the model again."
+        )
 
 
 def load_config(folder: Path, trust_remote_code: bool = False) -> PreTrainedConfig:
@@ -108,11 +120,17 @@ def load_config(folder: Path, trust_remote_code: bool = False) -> PreTrainedConf
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         hint = (
-            " It brings its own code; read that, then set model.trust_remote_code=true." if "trust_remote_code" in str(error) else ""
+            " It brings its own code; read that, then set model.trust_remote_code=true."
+            if "trust_remote_code" in str(error)
+            else ""
         )
         raise ModelError(f"{folder}/config.json: cannot be used ({_shorten(str(error))}).{hint}") from None
-    except Exception as error:  # huggingface_hub's strict dataclasses raise classes of their own for values out of range
-        raise ModelError(f"{folder}/config.json: cannot be used ({type(error).__name__}: {_shorten(str(error))}).") from None
+    except (
+        Exception
+    ) as error:  # huggingface_hub's strict dataclasses raise classes of their own for values out of range
+        raise ModelError(
+            f"{folder}/config.json: cannot be used ({type(error).__name__}: {_shorten(str(error))})."
+        ) from None
     return config
 
 
@@ -125,7 +143,9 @@ def check_model(model: ModelConfig) -> None:
     small = model_folder(model, weights=False)
     config = load_config(small, model.trust_remote_code)
     if getattr(config, "quantization_config", None) is not None:
-        raise ModelError(f"{small}: its weights are quantized already. Give the 16-bit or fp32 original; quantize makes its own.")
+        raise ModelError(
+            f"{small}: its weights are quantized already. Give the 16-bit or fp32 original; quantize makes its own."
+        )
     shapes = tensor_shapes(small) if model.hub_id is None else _hub_shapes(model, small)
     _check_shapes(small, config, shapes, model.trust_remote_code)
     tokenizer = load_tokenizer(model)
@@ -133,7 +153,8 @@ def check_model(model: ModelConfig) -> None:
     highest = max(tokenizer.get_vocab().values())
     if highest >= vocab_size:
         raise ModelError(
-            f"{small}: the tokenizer has ids up to {highest}, the model embeddings for {vocab_size}. They are not of the same model."
+            f"{small}: the tokenizer has ids up to {highest}, the model embeddings for {vocab_size}. They are not "
+            "of the same model."
         )
 
 
@@ -148,13 +169,17 @@ def _hub_shapes(model: ModelConfig, small: Path) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for file in files for name, tensor in file.tensors.items()}
 
 
-def _check_shapes(folder: Path, config: PreTrainedConfig, shapes: dict[str, tuple[int, ...]], trust_remote_code: bool) -> None:
+def _check_shapes(
+    folder: Path, config: PreTrainedConfig, shapes: dict[str, tuple[int, ...]], trust_remote_code: bool
+) -> None:
     """Compares the stored shapes with those that config.json asks for (the model is made on the meta device, without memory)."""
     with torch.device("meta"), quiet_transformers():
         try:
             model = AutoModelForCausalLM.from_config(config.get_text_config(), trust_remote_code=trust_remote_code)
         except (ValueError, KeyError, TypeError, RuntimeError, ZeroDivisionError, AttributeError) as error:
-            raise ModelError(f"{folder}/config.json: makes no causal language model ({_shorten(str(error))}).") from None
+            raise ModelError(
+                f"{folder}/config.json: makes no causal language model ({_shorten(str(error))})."
+            ) from None
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     wrong = []
     for name, shape in shapes.items():
@@ -163,7 +188,10 @@ def _check_shapes(folder: Path, config: PreTrainedConfig, shapes: dict[str, tupl
         if expected.get(name, shape) != shape:
             wrong.append(f"{name} is {shape}, config.json makes it {expected[name]}")
     if wrong:
-        raise ModelError(f"{folder}: wrong shape: {_shorten('; '.join(sorted(wrong)))}. config.json and weights are of different models.")
+        raise ModelError(
+            f"{folder}: wrong shape: {_shorten('; '.join(sorted(wrong)))}. config.json and weights "
+            "are of different models."
+        )
 
 
 def max_context(model: ModelConfig) -> int | None:

@@ -57,7 +57,9 @@ def parity_batches(processed: Path, num_tokens: int, pad_token_id: int) -> list[
         rows.sort(key=lambda row: -int(split.lengths[row]))
         batches += [collate(split, rows[i : i + BATCH_SIZE], pad_token_id) for i in range(0, len(rows), BATCH_SIZE)]
     if found < num_tokens:
-        logger.warning("merge.parity_num_tokens: %d, but all of the data has %d tokens; parity is on these", num_tokens, found)
+        logger.warning(
+            "merge.parity_num_tokens: %d, but all of the data has %d tokens; parity is on these", num_tokens, found
+        )
     return batches
 
 
@@ -105,7 +107,9 @@ def check_parity(parity: Parity, merge: MergeConfig) -> None:
     """Raises: ParityError: the merged model misses a limit of `merge.parity_*` (NaN misses both)."""
     misses = []
     if not parity.mean_kl <= merge.parity_max_mean_kl:
-        misses.append(f"mean_kl {parity.mean_kl:.3e} nats a token, limit merge.parity_max_mean_kl {merge.parity_max_mean_kl:.0e}")
+        misses.append(
+            f"mean_kl {parity.mean_kl:.3e} nats a token, limit merge.parity_max_mean_kl {merge.parity_max_mean_kl:.0e}"
+        )
     if not parity.top1_agreement >= merge.parity_min_top1_agreement:
         misses.append(
             f"top1_agreement {parity.top1_agreement:.6f}, limit merge.parity_min_top1_agreement "
@@ -113,9 +117,11 @@ def check_parity(parity: Parity, merge: MergeConfig) -> None:
         )
     if misses:
         raise ParityError(
-            f"the merged model is not the adapter on its training base ({parity.num_tokens} tokens, fp32, before the cast): "
+            f"the merged model is not the adapter on its training base ({parity.num_tokens} tokens, fp32, before "
+            "the cast): "
             + "; ".join(misses)
-            + f"; largest logit difference {parity.max_abs_logit_diff:.3e}. Nothing was saved. Do base, quantized base and "
+            + f"; largest logit difference {parity.max_abs_logit_diff:.3e}. Nothing was saved. Do base, quantized "
+            "base and "
             "adapter belong together (`dvc status`)? If they do, this is a bug of the merge: report it with lora.*."
         )
 
@@ -124,7 +130,8 @@ def check_differs(from_base: Parity) -> None:
     """Raises: ParityError: the merged model is its base; the negative control of the parity."""
     if from_base.max_abs_logit_diff == 0.0:
         raise ParityError(
-            f"the merged model gives the base's own logits on all {from_base.num_tokens} tokens: the training is not in it. "
+            f"the merged model gives the base's own logits on all {from_base.num_tokens} tokens: the training is "
+            "not in it. "
             "Nothing was saved. Look at metrics/train.json (did the loss fall?) and train again."
         )
 

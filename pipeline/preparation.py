@@ -55,14 +55,7 @@ def prepare(
         DataError: no usable data, too many bad rows, or rows too long where `data.too_long` is `error`. The quarantine
             file is written before.
     """
-    if max_context is not None and data.max_length > max_context:
-        raise ConfigError(
-            f"data.max_length: {data.max_length} is over the model's context of {max_context} tokens; set that or less."
-        )
-    encoder = Encoder(tokenizer, data.max_length, data.too_long, data.text_overlap)
-    problem = check_system_prompt(encoder.template, data.system_prompt)
-    if problem:
-        raise ConfigError(f"data.system_prompt: {problem}. Set null, or a model.chat_template that takes one.")
+    encoder = _make_encoder(data, tokenizer, max_context)
     quarantine = Quarantine()
     try:
         splits = read_splits(data, encoder.template, quarantine, progress)
@@ -85,6 +78,19 @@ def prepare(
         write_split(outputs.processed / f"{name}.arrow", rows)
     write_text(outputs.lengths, length_histogram(examples, data.max_length))
     return {**metrics, **_raw_metrics(quarantine), "chat_template_sha256": encoder.template.sha256}
+
+
+def _make_encoder(data: DataConfig, tokenizer: PreTrainedTokenizerBase, max_context: int | None) -> Encoder:
+    """The encoder, after checking settings against model and template. Raises: ConfigError: they do not fit."""
+    if max_context is not None and data.max_length > max_context:
+        raise ConfigError(
+            f"data.max_length: {data.max_length} is over the model's context of {max_context} tokens; set that or less."
+        )
+    encoder = Encoder(tokenizer, data.max_length, data.too_long, data.text_overlap)
+    problem = check_system_prompt(encoder.template, data.system_prompt)
+    if problem:
+        raise ConfigError(f"data.system_prompt: {problem}. Set null, or a model.chat_template that takes one.")
+    return encoder
 
 
 _worker_encoder: list[Encoder] = []  # of a worker process, set once when it starts

@@ -80,8 +80,12 @@ def _load_base(model: ModelConfig, device: torch.device) -> tuple[PreTrainedMode
         free, _ = torch.cuda.mem_get_info(device)
         if needed > 0.8 * free:
             logger.warning(
-                "the base (%.1f GB) does not fit on %s beside its activations (%.1f GB free): it is quantised layer by layer, and "
-                "its own loss is not measured (metrics/quantize.json has no `base`)", needed / 1e9, device, free / 1e9
+                "the base (%.1f GB) does not fit on %s beside its activations (%.1f GB free): it is quantised "
+                "layer by layer, and "
+                "its own loss is not measured (metrics/quantize.json has no `base`)",
+                needed / 1e9,
+                device,
+                free / 1e9,
             )
             return load_model(model, torch.device("cpu")), False
     return load_model(model, device), True
@@ -123,7 +127,10 @@ def load_quantized(
         ConfigError: `always` for int8 on a CPU.
     """
     if not (folder / "config.json").is_file():
-        raise ModelError(f"{folder}: holds no quantized base. Make it with `dvc repro quantize` (quantization.method=none makes none).")
+        raise ModelError(
+            f"{folder}: holds no quantized base. Make it with `dvc repro quantize` "
+            "(quantization.method=none makes none)."
+        )
     check_bitsandbytes(device)
     compute_dtype = torch_dtype(quantization.compute_dtype)
     keeps, why = _keeps(folder, quantization, device, keep)
@@ -135,18 +142,26 @@ def load_quantized(
         check_kept_layers(model)
     else:
         dequantize(model, compute_dtype)
-    logger.info("quantized base: %s (%s)", "kept in few bits" if keeps else f"dequantised once to {quantization.compute_dtype}", why)
+    logger.info(
+        "quantized base: %s (%s)",
+        "kept in few bits" if keeps else f"dequantised once to {quantization.compute_dtype}",
+        why,
+    )
     return model.requires_grad_(False)
 
 
-def _keeps(folder: Path, quantization: QuantizationConfig, device: torch.device, keep: KeepQuantized) -> tuple[bool, str]:
+def _keeps(
+    folder: Path, quantization: QuantizationConfig, device: torch.device, keep: KeepQuantized
+) -> tuple[bool, str]:
     """Whether to keep the base in few bits, and the reason."""
     is_int8 = quantization.method not in FOUR_BIT
     if keep is KeepQuantized.always:
         if is_int8 and device.type == "cpu":
             raise ConfigError(
-                "runtime.keep_quantized: always does not go with quantization.method int8 on a CPU, where bitsandbytes quantises "
-                "activations in evaluation and not in training. Set runtime.keep_quantized=auto, which dequantises once."
+                "runtime.keep_quantized: always does not go with quantization.method int8 on a CPU, where "
+                "bitsandbytes quantises "
+                "activations in evaluation and not in training. Set runtime.keep_quantized=auto, which "
+                "dequantises once."
             )
         return True, "runtime.keep_quantized=always" + ("; LLM.int8 quantises activations too" if is_int8 else "")
     if keep is KeepQuantized.never:
@@ -157,7 +172,8 @@ def _keeps(folder: Path, quantization: QuantizationConfig, device: torch.device,
         return False, "int8 kept would quantise activations too; runtime.keep_quantized=always asks for that"
     free, _ = torch.cuda.mem_get_info(device)
     needed = _dequantized_bytes(folder, torch_dtype(quantization.compute_dtype))
-    return needed > free / 2, f"dequantised it takes {needed / 1e9:.1f} GB, half of the free memory is {free / 2e9:.1f} GB"
+    return needed > free / 2, f"dequantised it takes {needed / 1e9:.1f} GB, half of the free memory is "
+    f"{free / 2e9:.1f} GB"
 
 
 def _dequantized_bytes(folder: Path, dtype: torch.dtype) -> int:
@@ -187,7 +203,8 @@ def load_training_base(
         return load_model(model, device)
     if quantization.method is QuantizationMethod.none:
         raise ConfigError(
-            "train.method: qlora trains on a quantized base, and quantization.method is none. Set quantization.method=nf4, or "
+            "train.method: qlora trains on a quantized base, and quantization.method is none. Set "
+            "quantization.method=nf4, or "
             "train.method=lora."
         )
     return load_quantized(quantized_folder, quantization, device, keep, str(model.attn_implementation))

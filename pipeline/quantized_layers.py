@@ -62,7 +62,10 @@ def linear_names(model: PreTrainedModel, skip_modules: list[str]) -> tuple[list[
         skipped |= matched
     chosen = [name for name in linears if name not in skipped]
     if not chosen:
-        raise ConfigError("quantization.skip_modules: leaves no linear layer to quantise. Shorten it, or set quantization.method=none.")
+        raise ConfigError(
+            "quantization.skip_modules: leaves no linear layer to quantise. Shorten it, or set "
+            "quantization.method=none."
+        )
     return chosen, sorted(skipped)
 
 
@@ -126,7 +129,12 @@ def _linear_4bit(linear: nn.Linear, weight_OI: torch.Tensor, quantization: Quant
 
 def _linear_8bit(linear: nn.Linear, weight_OI: torch.Tensor, quantization: QuantizationConfig) -> tuple[nn.Module, int]:
     layer = bnb.nn.Linear8bitLt(
-        linear.in_features, linear.out_features, linear.bias is not None, has_fp16_weights=False, threshold=6.0, device="meta"
+        linear.in_features,
+        linear.out_features,
+        linear.bias is not None,
+        has_fp16_weights=False,
+        threshold=6.0,
+        device="meta",
     )
     codes, scales, _ = bnb.functional.int8_vectorwise_quant(weight_OI.to(torch.float16))
     layer.weight = bnb.nn.Int8Params(codes, requires_grad=False, has_fp16_weights=False, CB=codes, SCB=scales)
@@ -170,7 +178,15 @@ def dequantize(model: PreTrainedModel, dtype: torch.dtype) -> None:
         if layer.bias is not None:
             linear.bias = nn.Parameter(layer.bias.detach().to(dtype), requires_grad=False)
         model.set_submodule(name, linear.train(layer.training))
-    for name in ("hf_quantizer", "is_loaded_in_4bit", "is_loaded_in_8bit", "quantization_method"):
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None:
+        quantizer.remove_quantization_config(model)
+    for name in (
+        "is_loaded_in_4bit",
+        "is_loaded_in_8bit",
+        "_weight_conversions",
+    ):  # the last holds bitsandbytes' loading
         model.__dict__.pop(name, None)
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            module.config.__dict__.pop("_is_quantized", None)

@@ -169,7 +169,7 @@ def _read_json(file: Any, name: str) -> Iterator[RawRow | BadRow]:
             where = getattr(error, "lineno", line)
             raise DataError(
                 f"{name}:{where}: not valid JSON ({getattr(error, 'msg', 'nested too deeply')}). After such an error "
-                "the rest of an array cannot be read: mend it, or write JSON lines (.jsonl), where a bad line costs a row."
+                "the rest of an array cannot be read: mend it, or write JSON lines (.jsonl), where one costs one row."
             ) from None
         yield _checked(name, line, value)
         position += text[position] == ","
@@ -254,7 +254,7 @@ def read_hub_rows(data: DataConfig, split: str) -> Iterator[RawRow | BadRow]:
         reason = (str(error).strip() or "no message").splitlines()[0]
         raise DataError(
             f"data.hub_id: {hub_id} at {data.revision}, split '{split}', cannot be loaded ({type(error).__name__}: "
-            f"{reason}). Check the id, data.revision, data.hub_config, data.files (here: names of splits), the network, "
+            f"{reason}). Check the id, data.revision, data.hub_config, data.files (names of splits), the network, "
             "and HF_TOKEN for gated data."
         ) from None
     for line, fields in enumerate(table, start=1):

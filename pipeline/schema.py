@@ -77,7 +77,7 @@ class Keep(StrEnum):
 
 
 class MergeBase(StrEnum):
-    dequantized = "dequantized"  # what the adapter was trained on
+    training = "training"  # what the adapter was trained on: the dequantized base for qlora
     original = "original"  # the base as it was before quantisation
 
 

@@ -29,7 +29,8 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
     tokenizer = load_tokenizer_folder(folder, model.trust_remote_code)
     if tokenizer.eos_token_id is None:
         raise ModelError(
-            f"{folder}: the tokenizer has no end token, so generation could never stop. Set `eos_token` in its tokenizer_config.json "
+            f"{folder}: the tokenizer has no end token, so generation could never stop. Set `eos_token` in its "
+            "tokenizer_config.json "
             "to the token that the model ends a text with."
         )
     _set_chat_template(tokenizer, model, folder)
@@ -43,14 +44,21 @@ def load_tokenizer_folder(folder: Path, trust_remote_code: bool = False) -> PreT
     Raises:
         ModelError: there is none, or it cannot be read.
     """
-    if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")):
-        raise ModelError(f"{folder}: holds no tokenizer (tokenizer.json). Copy the files of the model's own tokenizer there.")
+    if not any(
+        (folder / name).exists()
+        for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+    ):
+        raise ModelError(
+            f"{folder}: holds no tokenizer (tokenizer.json). Copy the files of the model's own tokenizer there."
+        )
     try:
         return AutoTokenizer.from_pretrained(
             folder, trust_remote_code=trust_remote_code, local_files_only=True, padding_side="right"
         )
     except Exception as error:  # tokenizers raises bare Exception
-        raise ModelError(f"{folder}: its tokenizer cannot be loaded ({_first_line(error)}). Fetch the model again.") from None
+        raise ModelError(
+            f"{folder}: its tokenizer cannot be loaded ({_first_line(error)}). Fetch the model again."
+        ) from None
 
 
 def _first_line(error: Exception) -> str:
@@ -63,7 +71,8 @@ def _set_chat_template(tokenizer: PreTrainedTokenizerBase, model: ModelConfig, f
             tokenizer.chat_template = Path(model.chat_template).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(
-                f"model.chat_template: '{model.chat_template}' cannot be read ({_first_line(error)}). Give a Jinja file, or null for "
+                f"model.chat_template: '{model.chat_template}' cannot be read ({_first_line(error)}). Give a "
+                "Jinja file, or null for "
                 "the tokenizer's own template."
             ) from None
         problem = template_problem(tokenizer)
@@ -75,7 +84,9 @@ def _set_chat_template(tokenizer: PreTrainedTokenizerBase, model: ModelConfig, f
         logger.info("chat template: the project's (%s); the tokenizer has none", PROJECT_TEMPLATE.name)
     problem = template_problem(tokenizer)
     if problem:
-        raise ModelError(f"{folder}: its chat template {problem}. Set model.chat_template to a Jinja file that is right.")
+        raise ModelError(
+            f"{folder}: its chat template {problem}. Set model.chat_template to a Jinja file that is right."
+        )
 
 
 def template_problem(tokenizer: PreTrainedTokenizerBase) -> str | None:
@@ -110,12 +121,17 @@ def _set_pad_token(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     for token in candidates:
         if token is not None and token in known and token != tokenizer.eos_token:
             if token != tokenizer.pad_token:
-                logger.info("pad token: %s (always masked; the tokenizer names none of its own that is not the end token)", token)
+                logger.info(
+                    "pad token: %s (always masked; the tokenizer names none of its own that is not the end token)",
+                    token,
+                )
                 tokenizer.pad_token = token
             return
     raise ModelError(
-        f"{folder}: the tokenizer has no token to pad with (it looked for a pad token, an unknown token, a spare special token; the "
-        "end token is never used, it would be masked where it must be learnt). Set `pad_token` in its tokenizer_config.json."
+        f"{folder}: the tokenizer has no token to pad with (it looked for a pad token, an unknown token, a spare "
+        "special token; the "
+        "end token is never used, it would be masked where it must be learnt). Set `pad_token` in its "
+        "tokenizer_config.json."
     )
 
 

@@ -9,7 +9,6 @@ from pipeline.schema import (
     DataConfig,
     Dtype,
     LoraConfig,
-    MergeBase,
     ModelConfig,
     QuantizationConfig,
     QuantizationMethod,
@@ -129,10 +128,6 @@ def _conflicts(config: Config) -> list[str]:
         found.append("train.method: qlora with quantization.method none; set train.method=lora, or quantization=nf4")
     if config.data.shape is Shape.text and config.evaluate.generate:
         found.append("evaluate.generate: true with data.shape text, where there is nothing to answer; set evaluate=loss_only")
-    if config.train.method is not TrainMethod.qlora and config.merge.base is MergeBase.dequantized and quantized:
-        found.append(
-            f"merge.base: dequantized, but train.method {config.train.method} trains on the original base; set merge=original"
-        )
     return found
 
 

@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
-from transformers import PreTrainedModel
 
 from pipeline import tracking
 from pipeline.config import stage
 from pipeline.evaluation import evaluate_model, forgetting
 from pipeline.evaluation_reports import write_reports
 from pipeline.files import hash_path, write_json
+from pipeline.generation import Model
 from pipeline.lora import load_adapter
 from pipeline.modeling import load_model, load_model_folder
 from pipeline.provenance import check_provenance, write_provenance
@@ -60,9 +59,7 @@ def run(config: RunConfig, workspace: Workspace) -> None:
     tracking.record_stage("evaluate", config.runtime, workspace.outputs)
 
 
-def _load(
-    name: str, config: RunConfig, quantized: Path, adapter: Path, device: torch.device
-) -> PreTrainedModel | PeftModel:
+def _load(name: str, config: RunConfig, quantized: Path, adapter: Path, device: torch.device) -> Model:
     keep, attention = config.runtime.keep_quantized, str(config.model.attn_implementation)
     if name == "base":
         return load_model(config.model, device)

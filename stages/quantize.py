@@ -11,6 +11,7 @@ import io
 from pipeline.config import stage
 from pipeline.dataset import load_split
 from pipeline.files import write_json, write_text
+from pipeline.provenance import check_provenance
 from pipeline.quantization import quantize
 from pipeline.quantized_layers import LayerError
 from pipeline.runtime import select_device
@@ -20,7 +21,9 @@ from pipeline.workspace import PROCESSED, QUANTIZED, Workspace
 
 def run(config: RunConfig, workspace: Workspace) -> None:
     device = select_device(config.runtime)
-    validation = load_split(workspace.input(PROCESSED), "validation")
+    processed = workspace.input(PROCESSED)
+    check_provenance(processed, config.data, config.model)
+    validation = load_split(processed, "validation")
     metrics, layers = quantize(
         config.model, config.quantization, validation, workspace.output(QUANTIZED), device, config.runtime.progress
     )
@@ -32,7 +35,9 @@ def _table(layers: list[LayerError]) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["layer", "num_parameters", "bits_per_parameter", "relative_error"])
-    writer.writerows([x.layer, x.num_parameters, f"{x.bits_per_parameter:.4f}", f"{x.relative_error:.6f}"] for x in layers)
+    writer.writerows(
+        [x.layer, x.num_parameters, f"{x.bits_per_parameter:.4f}", f"{x.relative_error:.6f}"] for x in layers
+    )
     return text.getvalue()
 
 

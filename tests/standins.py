@@ -50,7 +50,13 @@ ARCHITECTURES = ("llama3", "smollm2", "qwen3", "mistral", "gemma3", "gemma3_mult
 def architecture(kind: str) -> PreTrainedConfig:
     """A small config of the family; widths that do not divide by 64 in some, as stories260K has them."""
     if kind == "llama3":
-        rope = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+        rope = {
+            "rope_type": "llama3",
+            "rope_theta": 5e5,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+        }
         rope["original_max_position_embeddings"] = 64
         return LlamaConfig(**SIZES, tie_word_embeddings=False, rope_parameters=rope)
     if kind == "smollm2":
@@ -61,7 +67,9 @@ def architecture(kind: str) -> PreTrainedConfig:
         return MistralConfig(**SIZES, sliding_window=64, tie_word_embeddings=False)
     if kind == "gemma3":
         return Gemma3TextConfig(**SIZES, sliding_window=64, query_pre_attn_scalar=16)
-    vision = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14)
+    vision = dict(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
+    )
     return Gemma3Config(text_config={**SIZES, "sliding_window": 64}, vision_config=vision, mm_tokens_per_image=4)
 
 
@@ -112,7 +120,7 @@ def quantization_config(method: str = "nf4", **changes: object) -> QuantizationC
 
 def merge_config(**changes: object) -> MergeConfig:
     values: dict = dict(
-        base=MergeBase.dequantized,
+        base=MergeBase.training,
         dtype=Dtype.float32,
         max_shard_size="5GB",
         parity_num_tokens=500,

@@ -19,10 +19,7 @@ NEEDS: dict[str, list[str]] = {
     "data/hub": ["data.hub_id=owner/name", f"data.revision={REVISION}"],
     "model/local": ["model.path=/models/base"],
     "model/base": ["model.path=/models/base"],
-    "quantization/none": ["train=lora", "merge=original"],
-    "train/lora": ["merge=original"],
-    "train/full": ["merge=original"],
-    "train/base": [],
+    "quantization/none": ["train=lora"],
 }
 
 

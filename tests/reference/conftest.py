@@ -49,11 +49,15 @@ class Server:
         self.uri = f"http://127.0.0.1:{self.port}"
         self.process: subprocess.Popen[bytes] | None = None
 
-    def start(self, seconds: float = 90) -> None:
+    def start(self, seconds: float = 150) -> None:
+        """Returns when it answers; does nothing when it runs already."""
+        if self.process is not None:
+            return
         command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
         command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{self.folder}/mlflow.db"]
         command += ["--artifacts-destination", (self.folder / "artifacts").as_uri()]
-        environment = os.environ | {"MLFLOW_DISABLE_TELEMETRY": "true"}
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
+        environment |= {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
         with (self.folder / "server.log").open("ab") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
         deadline = time.monotonic() + seconds
@@ -79,12 +83,20 @@ class Server:
             self.process = None
 
 
-@pytest.fixture
-def server(tmp_path, empty_database):
-    """Not started yet; killed at the end, whatever happens."""
-    folder = tmp_path / "server"
-    folder.mkdir()
+@pytest.fixture(scope="module")
+def shared_server(tmp_path_factory, empty_database):
+    """Started by the first test that needs it (10 s and more); killed at the end, whatever happens."""
+    folder = tmp_path_factory.mktemp("server")
     shutil.copy(empty_database, folder / "mlflow.db")
     made = Server(folder)
     yield made
     made.kill()
+
+
+@pytest.fixture
+def server(shared_server, project, monkeypatch, request):
+    """A running server, named in MLFLOW_TRACKING_URI, with an experiment of the test's own."""
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", request.node.name)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", shared_server.uri)
+    shared_server.start()
+    return shared_server

@@ -308,8 +308,8 @@ def test_processes_at_once_on_a_fresh_store_lose_nothing(num_processes, tmp_path
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     command = [sys.executable, "-c", WORKER]
     workers = [
-        subprocess.Popen([*command, str(n), str(tmp_path / "work")], stderr=subprocess.PIPE, text=True)
-        for n in range(8)
+        subprocess.Popen([*command, str(number), str(tmp_path / "work")], stderr=subprocess.PIPE, text=True, cwd=ROOT)
+        for number in range(num_processes)
     ]
     try:
         errors = [worker.communicate(timeout=240)[1] for worker in workers]

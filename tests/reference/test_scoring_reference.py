@@ -8,7 +8,23 @@ from rouge_score.rouge_scorer import RougeScorer
 
 from pipeline.scoring import UnicodeWords, bleu, rouge_l
 
-WORDS = "the a Spice inn, river's near 5 out-of 10 £20 cheap? food. is in_it and".split()
+WORDS = [
+    "the",
+    "a",
+    "Spice",
+    "inn,",
+    "river's",
+    "near",
+    "5",
+    "out-of",
+    "10",
+    "£20",
+    "cheap?",
+    "food.",
+    "is",
+    "in_it",
+    "and",
+]
 
 
 def sentences(count: int, seed: int) -> list[str]:
@@ -48,7 +64,8 @@ def test_bleu_of_unequal_references_sums_the_statistics_of_each_row():
     predictions = sentences(12, 10)
     rows = [sentences(1 + i % 4, 20 + i) for i in range(12)]
     metric = sacrebleu.BLEU()
-    counts = [metric._extract_corpus_statistics([p], [[r] for r in row])[0] for p, row in zip(predictions, rows, strict=True)]
+    pairs = zip(predictions, rows, strict=True)
+    counts = [metric._extract_corpus_statistics([p], [[r] for r in row])[0] for p, row in pairs]
     expected = metric._aggregate_and_compute(counts).score
     assert bleu(predictions, rows) == pytest.approx(expected, abs=1e-9)
     first_only = [row[:1] for row in rows]

@@ -29,7 +29,6 @@ from tests.conftest import ROOT
         ("data.path=../outside", "dvc add"),
         ("quantization=none", "train.method: qlora with quantization.method none"),
         ("data.shape=text", "evaluate=loss_only"),
-        ("train=lora", "merge=original"),
         ("merge.max_shard_size=big", "5GB"),
     ],
 )

@@ -1,5 +1,7 @@
 """The loss: one mask for numerator and denominator, padding without effect, plain transformers' figures."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -43,7 +45,7 @@ def test_prompts_do_not_count(tiny_llama, make_split):
     everything[:, 1:] = batch.attention_mask[:, 1:] == 1
     with torch.no_grad():
         loss, num_tokens = supervised_loss(tiny_llama, batch)
-        all_loss, all_tokens = supervised_loss(tiny_llama, type(batch)(batch.input_ids, batch.attention_mask, everything, ()))
+        all_loss, all_tokens = supervised_loss(tiny_llama, replace(batch, completion_mask=everything))
     assert all_tokens == 24 + 18 - 4  # prompt tokens join, the first of each row has no predecessor
     assert abs(all_loss.item() / all_tokens - loss.item() / num_tokens) > 1e-2
 
@@ -76,7 +78,8 @@ def test_gradients_are_those_of_the_token_weighted_mean(tiny_llama, make_split):
     for row in range(4):
         input_ids = torch.tensor(split.input_ids(row)[None].astype("int64"))
         labels = input_ids.masked_fill(torch.tensor(split.completion_mask(row)[None] == 0), -100)
-        (tiny_llama(input_ids=input_ids, labels=labels).loss * int((labels[:, 1:] != -100).sum()) / num_tokens).backward()
+        share = int((labels[:, 1:] != -100).sum()) / num_tokens
+        (tiny_llama(input_ids=input_ids, labels=labels).loss * share).backward()
     torch.testing.assert_close(ours, weight.grad, atol=1e-5, rtol=1e-4)
     assert ours.abs().max() > 1e-3
 
@@ -126,8 +129,10 @@ def test_rows_without_supervision_do_not_change_the_loss(tiny_llama, make_split,
     ]
     write_split(tmp_path / "more.arrow", [*kept, Example("x", [5, 6, 7], [0, 0, 0], 3, "", [])])
     more = load_split(tmp_path, "more")
-    assert measure_loss(tiny_llama, more, 1, 0).num_tokens == 24
-    assert measure_loss(tiny_llama, more, 1, 0).loss == pytest.approx(measure_loss(tiny_llama, split, 1, 0).loss, abs=1e-6)
+    expected = measure_loss(tiny_llama, split, 1, 0)
+    measured = measure_loss(tiny_llama, more, 1, 0)
+    assert measured.num_tokens == expected.num_tokens == 24
+    assert measured.loss == pytest.approx(expected.loss, abs=1e-6)
 
 
 def test_batches_hold_every_row_once_the_longest_first(make_split):

@@ -108,7 +108,11 @@ def test_missing_shard_is_named(folder: Path) -> None:
 def test_wrong_shape_is_found_before_the_weights_are_read(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": 200}))
-    with pytest.raises(ModelError, match=r"wrong shape: .*mlp\.down_proj\.weight is \(64, 172\), config\.json makes it \(64, 200\)"):
+    with pytest.raises(
+        ModelError,
+        match=r"wrong shape: .*mlp\.down_proj\.weight is \(64, 172\), config\.json "
+        "makes it \(64, 200\)",
+    ):
         check_model(model_config(folder))
     with pytest.raises(ModelError, match="wrong shape"):
         load_model(model_config(folder), CPU)
@@ -117,7 +121,11 @@ def test_wrong_shape_is_found_before_the_weights_are_read(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda weights: weights.pop("model.layers.1.mlp.up_proj.weight"), r"the files lack: model\.layers\.1\.mlp\.up_proj"),
+        (
+            lambda weights: weights.pop("model.layers.1.mlp.up_proj.weight"),
+            r"the files lack: "
+            "model\.layers\.1\.mlp\.up_proj",
+        ),
         (lambda weights: weights.update(extra=torch.ones(3)), r"the architecture lacks: extra"),
     ],
 )
@@ -230,7 +238,11 @@ def test_invalid_chat_templates_are_refused(folder: Path, tmp_path: Path, templa
 @pytest.mark.parametrize("revision", [None, "main", "0123abc", COMMIT.upper()])
 def test_hub_model_needs_a_pinned_commit(revision: str | None) -> None:
     config = model_config("conf/model/llama3_8b.yaml", hub_id="meta-llama/Llama-3.1-8B", revision=revision)
-    with pytest.raises(ConfigError, match=r"40 hex digits.*huggingface\.co/meta-llama/Llama-3\.1-8B/commits.*conf/model"):
+    with pytest.raises(
+        ConfigError,
+        match=r"40 hex "
+        "digits.*huggingface\.co/meta-llama/Llama-3\.1-8B/commits.*conf/model",
+    ):
         check_model(config)
 
 

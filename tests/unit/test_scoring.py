@@ -41,7 +41,8 @@ def test_bleu_is_100_for_a_reference_and_less_otherwise():
 
 
 def test_bleu_rows_may_have_different_numbers_of_references():
-    references = [["the inn is near the river bank", "near the river bank is the inn"], ["it serves cheap food every day"]]
+    inn = ["the inn is near the river bank", "near the river bank is the inn"]
+    references = [inn, ["it serves cheap food every day"]]
     answers = ["near the river bank is the inn", "it serves cheap food every day"]
     assert bleu(answers, references) == pytest.approx(100)
     # each row's own references alone count: exchanged rows score next to nothing
