@@ -223,7 +223,7 @@ class clean_errors:  # noqa: N801 (a context manager reads as a verb phrase)
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
         if isinstance(error, KeyboardInterrupt):
-            self._exit("interrupted; nothing half-written is kept. Run the same command to go on.", 130)
+            self._exit(f"{str(error) or 'interrupted.'} Run the same command to go on from there.", 130)
         if isinstance(error, PipelineError):
             self._exit(str(error), 1)
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):

@@ -21,6 +21,10 @@ class TrainingError(PipelineError, RuntimeError):
     """A training that must not go on, or whose result must not be kept."""
 
 
+class Interrupted(PipelineError, KeyboardInterrupt):
+    """Stopped by a signal, with everything kept that the next run needs."""
+
+
 class ParityError(PipelineError, RuntimeError):
     """A merged model that is not the adapter on its base."""
 

@@ -10,23 +10,31 @@ import torch
 from transformers import PreTrainedModel
 
 from pipeline import guards
+from pipeline.checkpoints import Checkpoints
 from pipeline.dataset import Split, load_split
 from pipeline.errors import TrainingError
 from pipeline.lora import attach_lora, save_adapter
 from pipeline.losses import supervised_logits
+from pipeline.optimizers import warmup_steps
 from pipeline.quantization import load_training_base
 from pipeline.runtime import seed_everything, use_deterministic_kernels
 from pipeline.schema import RunConfig, TrainMethod
 from pipeline.tokenizer import load_tokenizer
-from pipeline.training import OnEvent, Progress, micro_batches, num_steps, peak_memory_bytes, train, warmup_steps
+from pipeline.training import OnEvent, Progress, Trainer, micro_batches, num_steps, peak_memory_bytes
 
 logger = logging.getLogger(__name__)
 
 
 def finetune(
-    config: RunConfig, processed: Path, quantized: Path, adapter_folder: Path, device: torch.device, on_event: OnEvent
+    config: RunConfig,
+    processed: Path,
+    quantized: Path,
+    adapter_folder: Path,
+    checkpoints: Checkpoints,
+    device: torch.device,
+    on_event: OnEvent,
 ) -> tuple[dict[str, Any], list[dict[str, float]]]:
-    """Trains and saves to `adapter_folder` (PEFT format; the whole model with method full).
+    """Trains, from the newest checkpoint where there is one, and saves to `adapter_folder` (PEFT format; with method full the model).
 
     Returns:
         The metrics of `metrics/train.json`, and the history: one object a logged event.
@@ -51,9 +59,10 @@ def finetune(
     logger.info("training %s of %s parameters (%.2f %%)", f"{counts[0]:,}", f"{counts[1]:,}", 100 * counts[0] / counts[1])
     if config.train.gradient_checkpointing:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    progress = train(
+    trainer = Trainer(
         model, train_split, validation_split, config.train, tokenizer.pad_token_id, on_event, config.runtime.progress
     )
+    progress = trainer.run(checkpoints)
     finish(adapter_folder)
     return _metrics(config, progress, counts, device, time.perf_counter() - started, len(train_split)), progress.history
 
@@ -128,7 +137,7 @@ def _metrics(
         "validation_loss_before": validation[0],
         "validation_loss": progress.best_loss if config.train.keep == "best" else validation[-1],
         "best_step": progress.best_step,
-        "stopped_early": len(progress.losses) < total,
+        "stopped_early": progress.stopped_early,
         "flat_loss": flat,
         "trainable_parameters": counts[0],
         "total_parameters": counts[1],

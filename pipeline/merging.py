@@ -1,4 +1,4 @@
-"""The adapter into its base: summed in fp32, compared with the adapter before anything is saved, saved as a plain model.
+"""The adapter into its base: summed in fp32, compared with the adapter before anything is saved, saved plain.
 
 peft's own merge on a 4-bit layer rounds the sum back to 4 bits and loses nearly all of the update; here the base is
 dequantised once and plain, so that W' = W + scaling B A (with DoRA, its norm too) is plain fp32 arithmetic.
@@ -68,7 +68,7 @@ def merge_adapter(
     """Writes the merged model, whole or not at all; returns parity and cast figures.
 
     Raises:
-        ParityError: a limit is missed on the training base, the merged model is the base, or the saved folder is not it.
+        ParityError: a limit is missed on the training base, the merged model is the base, or what was saved is not it.
         ModelError: a folder that cannot be used, or too little memory or disk.
     """
     try:
@@ -128,7 +128,7 @@ def _load_full(inputs: MergeInputs, device: torch.device) -> PreTrainedModel:
 def _merge_lora(
     inputs: MergeInputs, merge: MergeConfig, batches: list[Batch], device: torch.device, progress: bool
 ) -> tuple[PreTrainedModel, Parity, Parity, str, bool]:
-    """The merged fp32 model, its parity with the adapter, its distance from its base, that base's name, whether to judge.
+    """The merged fp32 model, its parity with the adapter, its distance from its base, its base's name, if judged.
 
     One model is held at a time; reference logits wait in main memory.
     """
@@ -180,7 +180,7 @@ def _save(
     dtype = torch_dtype(merge.dtype)
     before = parity_loss(merged, batches)
     expected = token_logits(merged, batches[0])
-    merged.to(dtype)
+    merged.to(dtype)  # type: ignore[arg-type]  # transformers' wrapper hides the signature
     broken = [name for name, p in merged.named_parameters() if not torch.isfinite(p).all()]
     if broken:
         raise ParityError(f"{broken[0]}: not finite in {merge.dtype}. Set merge.dtype to bfloat16 or float32.")

@@ -1,4 +1,4 @@
-"""Files of a model: where the base lies (folder or Hub), what its safetensors hold, folders written whole or not at all."""
+"""Files of a model: where the base lies (folder or Hub), what its safetensors hold, folders written whole or not."""
 
 import errno
 import hashlib
@@ -168,7 +168,8 @@ def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     for path in weight_files(folder):
         try:
             with safe_open(path, framework="numpy") as file:
-                shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+                names = list(file.keys())
+                shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in names}
         except (SafetensorError, OSError) as error:
             hint = "It is a git LFS pointer: run `git lfs pull`." if path.stat().st_size < 1000 else "Fetch it again."
             raise ModelError(f"{path}: cannot be read as safetensors ({error}). {hint}") from None
@@ -183,7 +184,7 @@ def hash_folder(folder: Path) -> str:
 
 @contextmanager
 def written_folder(folder: Path, num_bytes: int) -> Iterator[Path]:
-    """A temporary folder beside `folder` that takes its place when the block ends well, and is removed when it does not.
+    """A temporary folder beside `folder` that takes its place when the block ends well, and is removed when not.
 
     Args:
         num_bytes: what the block is going to write; the disk must have that, and 5 % more, free.

@@ -64,7 +64,7 @@ def load_model_folder(
         options["attn_implementation"] = attn_implementation
     try:
         with quiet_transformers():
-            model, info = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]  # a pair, by output_loading_info
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder,
                 config=config.get_text_config(),
                 dtype=dtype,
@@ -81,6 +81,7 @@ def load_model_folder(
         ) from None
     except (OSError, ValueError, RuntimeError, ImportError, KeyError, TypeError) as error:
         raise ModelError(f"{folder}: cannot be loaded ({type(error).__name__}: {_shorten(str(error))}).") from None
+    model, info = loaded
     _check_loading(folder, info, text_only)
     if text_only:
         model.__dict__.pop("_weight_conversions", None)  # saved, it is a text model: its names are not turned back
@@ -138,7 +139,7 @@ def check_model(model: ModelConfig) -> None:
     """Everything about the base that can be found wrong without reading its weights.
 
     Raises:
-        ConfigError, ModelError: path, revision, Hub, config, safetensors headers against config, tokenizer, chat template.
+        ConfigError, ModelError: path, revision, Hub, config, safetensors headers, tokenizer, chat template.
     """
     small = model_folder(model, weights=False)
     config = load_config(small, model.trust_remote_code)
@@ -172,7 +173,7 @@ def _hub_shapes(model: ModelConfig, small: Path) -> dict[str, tuple[int, ...]]:
 def _check_shapes(
     folder: Path, config: PreTrainedConfig, shapes: dict[str, tuple[int, ...]], trust_remote_code: bool
 ) -> None:
-    """Compares the stored shapes with those that config.json asks for (the model is made on the meta device, without memory)."""
+    """Compares the stored shapes with those that config.json asks for (a model on the meta device takes no memory)."""
     with torch.device("meta"), quiet_transformers():
         try:
             model = AutoModelForCausalLM.from_config(config.get_text_config(), trust_remote_code=trust_remote_code)

@@ -1,7 +1,7 @@
-"""The base in 4 or 8 bits: quantised once and saved, loaded with no re-quantisation, kept in few bits or dequantised once.
+"""The base in 4 or 8 bits: quantised and saved once, loaded with no re-quantisation, kept so or dequantised once.
 
-The saved folder is what transformers writes for a bitsandbytes model: `AutoModelForCausalLM.from_pretrained` reads it where
-bitsandbytes is installed. Weights that are not quantised lie beside the others in their own dtype.
+The saved folder is what transformers writes for a bitsandbytes model: `AutoModelForCausalLM.from_pretrained` reads it
+where bitsandbytes is installed. Weights that are not quantised lie beside the others in their own dtype.
 """
 
 import logging
@@ -74,7 +74,7 @@ def quantize(
 
 
 def _load_base(model: ModelConfig, device: torch.device) -> tuple[PreTrainedModel, bool]:
-    """The base, and whether it lies on the device; in main memory where it does not fit, its layers go over one by one."""
+    """The base, and whether it lies on the device; else in main memory, and its layers go over one by one."""
     if device.type == "cuda":
         needed = sum(path.stat().st_size for path in weight_files(model_folder(model)))
         free, _ = torch.cuda.mem_get_info(device)
@@ -118,7 +118,7 @@ def load_quantized(
     keep: KeepQuantized = KeepQuantized.auto,
     attn_implementation: str | None = None,
 ) -> PreTrainedModel:
-    """The quantised base in eval mode, frozen, with no re-quantisation: in few bits, or dequantised once into plain layers.
+    """The quantised base in eval mode, frozen, not quantised again: in few bits, or dequantised once to plain layers.
 
     On a CPU the two compute the same, bit for bit; on CUDA bitsandbytes' fused kernel rounds otherwise for few rows.
 
@@ -138,6 +138,9 @@ def load_quantized(
     if not any(True for _ in quantized_layers(model)):
         raise ModelError(f"{folder}: holds no quantized layer. Make it again with `dvc repro --force quantize`.")
     protect_from_repacking(model)
+    for parameter in model.parameters():  # transformers leaves what is not quantised in its stored dtype
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(compute_dtype)
     if keeps:
         check_kept_layers(model)
     else:

@@ -45,8 +45,8 @@ class LayerError:
 def linear_names(model: PreTrainedModel, skip_modules: list[str]) -> tuple[list[str], list[str]]:
     """Names of the linear layers to quantise, and of those left as they are.
 
-    The output head stays (tied or not), and what `skip_modules` names: one of its names is a run of whole components of the
-    layer's dotted name, such as `down_proj`, `layers.0` or `model.layers.0.mlp.down_proj`.
+    The output head stays (tied or not), and what `skip_modules` names: one of its names is a run of whole components of
+    the layer's dotted name, such as `down_proj`, `layers.0` or `model.layers.0.mlp.down_proj`.
 
     Raises:
         ConfigError: a name of `skip_modules` matches no linear layer, or nothing is left to quantise.
@@ -87,6 +87,7 @@ def quantize_model(
     errors = []
     for name in tqdm(names, desc=f"quantise to {quantization.method}", disable=not progress, leave=False):
         linear = model.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
         weight_OI = linear.weight.detach().to(device).contiguous()
         if not torch.isfinite(weight_OI).all():
             raise ModelError(f"{name}.weight: holds NaN or infinite values. The base is broken; fetch it again.")
@@ -171,7 +172,7 @@ def dequantize_weight(layer: Any, dtype: torch.dtype) -> torch.Tensor:
 
 @torch.no_grad()
 def dequantize(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Replaces every quantised layer by a plain linear layer of `dtype`, in place; nothing of bitsandbytes stays on the model."""
+    """Replaces every quantised layer by a plain linear one of `dtype`, in place; nothing of bitsandbytes stays."""
     for name, layer in list(quantized_layers(model)):
         linear = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
         linear.weight = nn.Parameter(dequantize_weight(layer, dtype), requires_grad=False)

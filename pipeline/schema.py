@@ -229,6 +229,8 @@ class RuntimeConfig:
     keep_quantized: KeepQuantized = MISSING
     num_workers: int = MISSING  # processes that tokenise
     progress: bool = MISSING
+    checkpoint_steps: int = MISSING  # optimizer steps between checkpoints of a training
+    checkpoints_kept: int = MISSING  # 1 or more
     tracking: bool = MISSING  # log to MLflow
     system_metrics: bool = MISSING
     inputs_dir: str = MISSING  # by hand: where earlier stages' outputs are looked for first

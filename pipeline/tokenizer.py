@@ -1,4 +1,4 @@
-"""The base's tokenizer with what the pipeline needs: an end token, a pad token that is not it, a chat template that renders."""
+"""The base's tokenizer with what the pipeline needs: an end token, another for padding, a good chat template."""
 
 import logging
 from pathlib import Path
@@ -23,7 +23,7 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
 
     Raises:
         ConfigError: `model.chat_template` names no file or no valid template.
-        ModelError: no tokenizer, no end token, nothing to pad with, or a template of the tokenizer's that does not render.
+        ModelError: no tokenizer, no end token, nothing to pad with, or a template of its own that does not render.
     """
     folder = model_folder(model, weights=False)
     tokenizer = load_tokenizer_folder(folder, model.trust_remote_code)
@@ -90,7 +90,7 @@ def _set_chat_template(tokenizer: PreTrainedTokenizerBase, model: ModelConfig, f
 
 
 def template_problem(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """What is wrong with the tokenizer's chat template, found by rendering a question and an answer; None where nothing is."""
+    """What is wrong with the chat template, found by rendering a question and an answer; None where nothing is."""
     import jinja2
 
     render = tokenizer.apply_chat_template
@@ -110,8 +110,8 @@ def template_problem(tokenizer: PreTrainedTokenizerBase) -> str | None:
 def _set_pad_token(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Pads with a token that exists and never ends a text; batches mask it always.
 
-    In this order: the tokenizer's own pad token; a token named as one; the unknown token; any other special token that is
-    neither begin nor end and that the chat template does not write.
+    In this order: the tokenizer's own pad token; a token named as one; the unknown token; any other special token that
+    is neither begin nor end and that the chat template does not write.
     """
     special = {token: tokenizer.convert_tokens_to_ids(token) for token in _special_tokens(tokenizer)}
     known = tokenizer.get_vocab()

@@ -27,6 +27,7 @@ from pipeline.schema import RunConfig, RuntimeConfig
 from pipeline.tracking_records import FOLDERS, STAGES, Record, read_record
 from pipeline.tracking_runs import RunRecord, describe_datasets, describe_training, read_environment
 from pipeline.tracking_store import open_store, outbox, redact, sqlite_path, store_uri, unusable
+from pipeline.tracking_view import address
 from pipeline.workspace import ADAPTER, RUN, Workspace, project_root
 
 if TYPE_CHECKING:
@@ -237,21 +238,22 @@ def _import_mlflow() -> None:
 
 
 def show_ui(port: int) -> int:
-    """Brings the store up to date and serves the UI until Ctrl-C; a server's own UI is only named."""
-    try:
-        for line in sync():
-            print(line)
-    except PipelineError as error:
-        print(f"not brought up to date: {error}", file=sys.stderr)
-    uri = store_uri()
+    """Brings the store up to date and serves the UI until Ctrl-C; of a server, the address is named."""
+    for line in sync():
+        print(line)
+    uri, experiment_id = store_uri(), open_store().experiment_id
     if uri.startswith("http"):
-        print(f"The MLflow UI is the server's own: {redact(uri)}")
+        print(f"The MLflow UI is the server's own: {address(redact(uri), experiment_id)}")
         return 0
     port = _free_port(port)
-    print(f"MLflow UI: http://127.0.0.1:{port} (Ctrl-C ends it)", flush=True)
+    print(
+        f"MLflow UI, in about 15 s: {address(f'http://127.0.0.1:{port}', experiment_id)} (Ctrl-C ends it)", flush=True
+    )
     artifacts = ((sqlite_path(uri) or project_root() / "_").parent / "mlartifacts").as_uri()
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    os.execv(sys.executable, [*command, "--backend-store-uri", uri, "--default-artifact-root", artifacts])
+    command += ["--backend-store-uri", uri, "--default-artifact-root", artifacts]
+    os.environ["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"
+    os.execv(sys.executable, [*command, "--uvicorn-opts", "--log-level warning"])
 
 
 def _free_port(wanted: int) -> int:

@@ -119,7 +119,7 @@ def _gate_belongs(folder: Path, record: Record) -> bool:
 
 def _add_metrics(record: Record, stage: str, metrics: Mapping[str, Any]) -> None:
     for key, value in flatten(metrics, f"{stage}."):
-        if key.startswith("gate.inputs"):
+        if key in ("gate.inputs", "train.fingerprint", "train.method"):  # a link, and what tags and params say
             continue
         if isinstance(value, bool | int | float):
             record.values[key] = float(value)

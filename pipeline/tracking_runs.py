@@ -1,6 +1,8 @@
 """One trained adapter as a run: its name, params, tags and datasets, kept in `models/run.json`. No MLflow here."""
 
+import contextlib
 import dataclasses
+import getpass
 import json
 import os
 import subprocess
@@ -87,7 +89,7 @@ def _describe(config: RunConfig) -> str:
     named = targets if isinstance(targets, str) else ",".join(targets)
     modules = named if len(named) <= 24 else f"{len(targets)} modules"
     variants = "".join(f" {name}" for name in ("rslora", "dora") if getattr(config.lora, f"use_{name}"))
-    return f"{config.train.method} r{config.lora.r} a{config.lora.lora_alpha:g} {modules} lr{rate}{variants}"
+    return f"{config.train.method} r{config.lora.r} a{config.lora.lora_alpha:g} lr{rate} {modules}{variants}"
 
 
 def describe_datasets(config: RunConfig, processed: Path) -> list[dict[str, Any]]:
@@ -116,9 +118,8 @@ def describe_datasets(config: RunConfig, processed: Path) -> list[dict[str, Any]
 def read_environment(root: Path) -> dict[str, str]:
     """Tags that only this process knows: the DVC experiment, git's commit, the user."""
     tags = {"mlflow.source.type": "LOCAL", "mlflow.source.name": "stages/train.py"}
-    user = os.environ.get("USER") or os.environ.get("LOGNAME")
-    if user:
-        tags["mlflow.user"] = user
+    with contextlib.suppress(KeyError, OSError):  # a user id without a name, as in some containers
+        tags["mlflow.user"] = getpass.getuser()
     if name := os.environ.get("DVC_EXP_NAME"):
         tags["dvc_experiment"] = name
     command = ["git", "-C", str(root), "rev-parse", "HEAD"]

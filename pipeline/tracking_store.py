@@ -19,6 +19,7 @@ from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 from pipeline.errors import TrackingError
+from pipeline.tracking_view import experiment_tags
 from pipeline.workspace import project_root
 
 logger = logging.getLogger(__name__)
@@ -175,7 +176,7 @@ def _experiment(client: Any, uri: str) -> str:
         location = ((path.parent if path else project_root()) / "mlartifacts").as_uri()
     found = client.get_experiment_by_name(name)
     if found is None:
-        return client.create_experiment(name, artifact_location=location)
+        return client.create_experiment(name, artifact_location=location, tags=experiment_tags())
     if found.lifecycle_stage != "active":
         raise TrackingError(
             f"MLflow experiment '{name}' is deleted. Restore it "

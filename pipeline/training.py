@@ -1,12 +1,16 @@
 """The training loop: one page, on accelerate.
 
 The loss of an optimizer step is summed over the supervised tokens of all its micro-batches and divided by their number, so
-that how a step is cut into micro-batches does not change it.
+that how a step is cut into micro-batches does not change it. The rows of a step follow from seed and step alone, and a checkpoint
+holds everything else, so that a resumed training is the same training.
 """
 
+import dataclasses
 import logging
 import math
+import random
 import resource
+import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -14,26 +18,30 @@ from typing import Any
 
 import numpy as np
 import torch
-import transformers
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from tqdm import tqdm
 
 from pipeline.batching import Batch, collate
+from pipeline.checkpoints import Checkpoint, Checkpoints
 from pipeline.dataset import Split
+from pipeline.errors import Interrupted
 from pipeline.guards import check_finite
 from pipeline.losses import measure_loss, supervised_loss
-from pipeline.schema import Keep, Optimizer, TrainConfig
+from pipeline.optimizers import make_optimizer, make_scheduler
+from pipeline.schema import Keep, TrainConfig
 
 logger = logging.getLogger(__name__)
-Event = dict[str, float]
-OnEvent = Callable[[int, Event], None]
+OnEvent = Callable[[int, dict[str, float]], None]
+PRECISIONS = {None: "no", "bfloat16": "bf16", "float16": "fp16"}
 
 
 @dataclass
 class Progress:
-    """What a training has seen and found so far."""
+    """What a training has seen and found so far; JSON holds it all."""
 
+    step: int = 0
+    stopped_early: bool = False
     history: list[dict[str, float]] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)  # nats per supervised token, one an optimizer step
     tokens_seen: int = 0  # padding not counted
@@ -41,7 +49,6 @@ class Progress:
     training_seconds: float = 0.0  # validation not counted
     best_step: int = 0
     best_loss: float = math.inf
-    best_weights: dict[str, torch.Tensor] = field(default_factory=dict)
     validations_since_best: int = 0
 
 
@@ -69,117 +76,187 @@ def micro_batches(split: Split, rows: list[int], size: int, pad_token_id: int) -
         yield collate(split, rows[start : start + size], pad_token_id)
 
 
-def make_optimizer(settings: TrainConfig, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    """AdamW (arXiv 1711.05101), or bitsandbytes' with 8-bit states (arXiv 2110.02861), paged or not."""
-    arguments: dict[str, Any] = {
-        "lr": settings.learning_rate,
-        "betas": (settings.adam_beta1, settings.adam_beta2),
-        "eps": settings.adam_epsilon,
-        "weight_decay": settings.weight_decay,
-    }
-    if settings.optimizer is Optimizer.adamw:
-        return torch.optim.AdamW(parameters, fused=True, **arguments)
-    import bitsandbytes  # on a GPU machine without it, the other optimizers still run
+class Trainer:
+    """A model, its optimizer and its schedule, on their way through the steps."""
 
-    if settings.optimizer is Optimizer.paged_adamw_8bit and parameters[0].device.type == "cpu":
-        logger.warning("train.optimizer: paged_adamw_8bit does not page on a CPU; the arithmetic is that of adamw_8bit")
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        train_split: Split,
+        validation_split: Split,
+        settings: TrainConfig,
+        pad_token_id: int,
+        on_event: OnEvent,
+        progress_bar: bool = True,
+    ):
+        AcceleratorState._reset_state(reset_partial_state=True)  # one process may train twice, with other precision
+        on_cpu = next(model.parameters()).device.type == "cpu"
+        self.accelerator = Accelerator(mixed_precision=PRECISIONS[settings.mixed_precision], cpu=on_cpu)
+        self.trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.num_steps = num_steps(settings, len(train_split))
+        self.model, self.optimizer = self.accelerator.prepare(model, make_optimizer(settings, list(self.trainable.values())))
+        self.scheduler = make_scheduler(settings, self.optimizer, self.num_steps)
+        self.train_split, self.validation_split = train_split, validation_split.head(settings.eval_max_rows)
+        self.settings, self.pad_token_id, self.on_event, self.progress_bar = settings, pad_token_id, on_event, progress_bar
+        self.progress = Progress()
+        self.best_weights: dict[str, torch.Tensor] = {}
 
-    classes = {Optimizer.adamw_8bit: bitsandbytes.optim.AdamW8bit, Optimizer.paged_adamw_8bit: bitsandbytes.optim.PagedAdamW8bit}
-    return classes[settings.optimizer](parameters, **arguments)
+    def run(self, checkpoints: Checkpoints | None = None) -> Progress:
+        """Trains to the end, from the newest checkpoint where there is one, and leaves the kept weights in the model.
 
-
-def train(
-    model: torch.nn.Module,
-    train_split: Split,
-    validation_split: Split,
-    settings: TrainConfig,
-    pad_token_id: int,
-    on_event: OnEvent,
-    progress_bar: bool = True,
-) -> Progress:
-    """Trains the model's trainable parameters in place and leaves the kept weights (best or last) in it.
-
-    Args:
-        on_event: called with the step (1-based; 0 = before training) and its metrics, as they come.
-
-    Raises:
-        TrainingError: NaN or infinite loss or gradient.
-    """
-    AcceleratorState._reset_state(reset_partial_state=True)  # one process may train twice, with other precision
-    precision = {None: "no", "bfloat16": "bf16", "float16": "fp16"}[settings.mixed_precision]
-    accelerator = Accelerator(mixed_precision=precision, cpu=next(model.parameters()).device.type == "cpu")
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    model, optimizer = accelerator.prepare(model, make_optimizer(settings, trainable))
-    total = num_steps(settings, len(train_split))
-    warmup = warmup_steps(settings, total)
-    name = "constant_with_warmup" if settings.lr_scheduler == "constant" else settings.lr_scheduler.value
-    scheduler = transformers.get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=total)
-    rows_a_step = settings.micro_batch_size * settings.gradient_accumulation_steps
-    progress = Progress()
-
-    def record(step: int, event: Event) -> None:
-        progress.history.append({"step": step, **event})
-        on_event(step, event)
-
-    def validate(step: int) -> bool:
-        """Measures, remembers the best, and says whether to stop early."""
-        result = measure_loss(model, validation_rows, settings.micro_batch_size * 2, pad_token_id, progress_bar)
-        record(step, {"validation.loss": result.loss})
-        if result.loss < progress.best_loss:
-            progress.best_loss, progress.best_step, progress.validations_since_best = result.loss, step, 0
-            if settings.keep is Keep.best:
-                progress.best_weights = {n: p.detach().cpu().clone() for n, p in _trainable(model)}
+        Raises:
+            TrainingError: NaN or infinite loss or gradient.
+            Interrupted: SIGTERM or Ctrl-C; a checkpoint was written.
+        """
+        newest = checkpoints.latest() if checkpoints else None
+        if newest is not None:
+            self._restore(newest)
+            logger.info("going on after step %d of %d, from its checkpoint", newest.step, self.num_steps)
         else:
-            progress.validations_since_best += 1
-        bar.set_postfix(validation=f"{result.loss:.4f}", best=f"{progress.best_loss:.4f}")
-        return settings.early_stopping_patience is not None and progress.validations_since_best >= settings.early_stopping_patience
+            self._validate()
+        progress, settings = self.progress, self.settings
+        self.model.train()
+        with (
+            _Signals() as signals,
+            tqdm(total=self.num_steps, initial=progress.step, desc="train", unit="step", disable=not self.progress_bar) as bar,
+        ):
+            while progress.step < self.num_steps and not progress.stopped_early:
+                self._take_step()
+                if progress.step % settings.eval_steps == 0 or progress.step == self.num_steps:
+                    self._validate()
+                bar.update()
+                bar.set_postfix(loss=f"{progress.losses[-1]:.4f}", best_validation=f"{progress.best_loss:.4f}")
+                if checkpoints and (signals.received or checkpoints.due(progress.step)):
+                    checkpoints.save(self._checkpoint())
+                if signals.received:
+                    raise Interrupted(f"stopped by {signals.received} after step {progress.step} of {self.num_steps}.")
+        if progress.stopped_early:
+            logger.info("stopped early: no better validation loss since step %d", progress.best_step)
+        if settings.keep is Keep.best:
+            self._load_weights(self.best_weights)
+        return progress
 
-    validation_rows = validation_split.head(settings.eval_max_rows)
-    model.train()
-    with tqdm(total=total, desc="train", unit="step", disable=not progress_bar) as bar:
-        validate(0)
-        for step in range(1, total + 1):
-            started = time.perf_counter()
-            rows = rows_of_step(len(train_split), rows_a_step, settings.seed, step - 1)
-            num_tokens = int(train_split.num_supervised[rows].sum())
-            step_loss = 0.0
-            for batch in micro_batches(train_split, rows, settings.micro_batch_size, pad_token_id):
-                with accelerator.autocast():
-                    loss, _ = supervised_loss(model, batch.to(accelerator.device))
-                accelerator.backward(loss / num_tokens)
-                step_loss += loss.item() / num_tokens
-            grad_norm = float(accelerator.clip_grad_norm_(trainable, settings.max_grad_norm or math.inf))
-            check_finite(step_loss, grad_norm, step, train_split, rows)
-            learning_rate = scheduler.get_last_lr()[0]
-            optimizer.step()
-            scheduler.step()
-            optimizer.zero_grad()
-            progress.training_seconds += time.perf_counter() - started
-            progress.tokens_seen += int(train_split.lengths[rows].sum())
-            progress.supervised_tokens_seen += num_tokens
-            progress.losses.append(step_loss)
-            record(step, {"train.loss": step_loss, "train.learning_rate": learning_rate, "train.grad_norm": grad_norm})
-            bar.update()
-            if (step % settings.eval_steps == 0 or step == total) and validate(step):
-                logger.info("stopped early at step %d: no better validation loss since step %d", step, progress.best_step)
+    def _take_step(self) -> None:
+        started = time.perf_counter()
+        progress, settings, split = self.progress, self.settings, self.train_split
+        rows_a_step = settings.micro_batch_size * settings.gradient_accumulation_steps
+        rows = rows_of_step(len(split), rows_a_step, settings.seed, progress.step)
+        num_tokens = int(split.num_supervised[rows].sum())
+        step_loss = 0.0
+        for batch in micro_batches(split, rows, settings.micro_batch_size, self.pad_token_id):
+            with self.accelerator.autocast():
+                loss, _ = supervised_loss(self.model, batch.to(self.accelerator.device))
+            self.accelerator.backward(loss / num_tokens)
+            step_loss += loss.item() / num_tokens
+        limit = settings.max_grad_norm or math.inf
+        grad_norm = float(self.accelerator.clip_grad_norm_(list(self.trainable.values()), limit))
+        check_finite(step_loss, grad_norm, progress.step + 1, split, rows)
+        learning_rate = self.scheduler.get_last_lr()[0]
+        self.optimizer.step()
+        self.scheduler.step()
+        self.optimizer.zero_grad()
+        progress.step += 1
+        progress.training_seconds += time.perf_counter() - started
+        progress.tokens_seen += int(split.lengths[rows].sum())
+        progress.supervised_tokens_seen += num_tokens
+        progress.losses.append(step_loss)
+        self._record({"train.loss": step_loss, "train.learning_rate": learning_rate, "train.grad_norm": grad_norm})
+
+    def _validate(self) -> None:
+        """Measures, remembers the best, and decides whether to stop early."""
+        progress, settings = self.progress, self.settings
+        batch_size = 2 * settings.micro_batch_size
+        result = measure_loss(self.model, self.validation_split, batch_size, self.pad_token_id, self.progress_bar)
+        self._record({"validation.loss": result.loss})
+        if result.loss < progress.best_loss:
+            progress.best_loss, progress.best_step, progress.validations_since_best = result.loss, progress.step, 0
+            if settings.keep is Keep.best:
+                self.best_weights = {name: p.detach().cpu().clone() for name, p in self.trainable.items()}
+            return
+        progress.validations_since_best += 1
+        patience = settings.early_stopping_patience
+        progress.stopped_early = (
+            patience is not None and progress.validations_since_best >= patience and progress.step < self.num_steps
+        )
+
+    def _record(self, event: dict[str, float]) -> None:
+        self.progress.history.append({"step": self.progress.step, **event})
+        self.on_event(self.progress.step, event)
+
+    def _checkpoint(self) -> Checkpoint:
+        tensors = {f"now.{name}": p.detach().cpu() for name, p in self.trainable.items()}
+        tensors |= {f"best.{name}": tensor for name, tensor in self.best_weights.items()}
+        state = {"optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict(), "rng": _rng_state()}
+        if self.accelerator.scaler is not None:
+            state["scaler"] = self.accelerator.scaler.state_dict()
+        return Checkpoint(self.progress.step, tensors, state, dataclasses.asdict(self.progress))
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        """Puts everything back, and tells `on_event` what it may not have heard."""
+        self._load_weights({n.removeprefix("now."): t for n, t in checkpoint.tensors.items() if n.startswith("now.")})
+        self.best_weights = {n.removeprefix("best."): t for n, t in checkpoint.tensors.items() if n.startswith("best.")}
+        self.optimizer.load_state_dict(checkpoint.state["optimizer"])
+        self.scheduler.load_state_dict(checkpoint.state["scheduler"])
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(checkpoint.state["scaler"])
+        _set_rng_state(checkpoint.state["rng"])
+        self.progress = Progress(**checkpoint.numbers)
+        for event in self.progress.history:
+            self.on_event(int(event["step"]), {name: value for name, value in event.items() if name != "step"})
+
+    @torch.no_grad()
+    def _load_weights(self, weights: dict[str, torch.Tensor]) -> None:
+        for name, parameter in self.trainable.items():
+            parameter.copy_(weights[name])
+
+
+class _Signals:
+    """Holds SIGTERM and Ctrl-C back until the step is done; a second one acts at once."""
+
+    def __init__(self) -> None:
+        self.received: str | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "_Signals":
+        for number in (signal.SIGTERM, signal.SIGINT):
+            try:
+                self._before[number] = signal.signal(number, self._note)
+            except ValueError:  # not in the main thread: whoever started this one handles signals
                 break
-    if settings.keep is Keep.best:
-        _restore(model, progress.best_weights)
-    return progress
+        return self
+
+    def _note(self, number: int, frame: Any) -> None:
+        if self.received:
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number).name
+        logger.info("%s: finishing this step, then a checkpoint; once more to stop at once", self.received)
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
 
-def warmup_steps(settings: TrainConfig, total: int) -> int:
-    return math.ceil(settings.warmup_ratio * total)
+def _rng_state() -> dict[str, Any]:
+    version, numbers, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    state: dict[str, Any] = {
+        "python": [version, list(numbers), gauss],
+        "numpy": [name, torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, cached],
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    return state
 
 
-def _trainable(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    return ((name, p) for name, p in model.named_parameters() if p.requires_grad)
-
-
-@torch.no_grad()
-def _restore(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> None:
-    for name, parameter in _trainable(model):
-        parameter.copy_(weights[name])
+def _set_rng_state(state: dict[str, Any]) -> None:
+    version, numbers, gauss = state["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    name, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"])
 
 
 def peak_memory_bytes(device: torch.device) -> int:

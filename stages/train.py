@@ -8,6 +8,7 @@ Command: python -m stages.train lora.r=16
 import logging
 
 from pipeline import store, tracking
+from pipeline.checkpoints import Checkpoints
 from pipeline.config import stage
 from pipeline.files import hash_path, write_json, write_jsonl
 from pipeline.finetuning import finetune
@@ -42,10 +43,13 @@ def run(config: RunConfig, workspace: Workspace) -> None:
             logger.info("taken from .training/%s: these settings, data, base and code were trained before", key[:12])
         else:
             target = store.new_adapter_folder(folder)
-            metrics, history = finetune(config, processed, quantized, target, device, live.log)
+            runtime = config.runtime
+            checkpoints = Checkpoints(folder / "checkpoints", runtime.checkpoint_steps, runtime.checkpoints_kept)
+            metrics, history = finetune(config, processed, quantized, target, checkpoints, device, live.log)
             write_provenance(target, "train", config.train, config.lora, config.quantization, config.model, config.data)
             result = {"metrics": metrics, "history": history, "inputs": inputs}
             store.finish(folder, result)
+            checkpoints.clear()
         live.close()
         copy_folder(folder / "adapter", workspace.output(ADAPTER))
     write_json(workspace.output("metrics/train.json"), {**result["metrics"], "fingerprint": key})

@@ -31,19 +31,19 @@ from pipeline.schema import (
 CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parent.parent
 REAL = ROOT.parent / "shared" / "real"
-SIZES = dict(
-    vocab_size=272,
-    hidden_size=64,
-    intermediate_size=128,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=16,
-    max_position_embeddings=128,
-    bos_token_id=257,
-    eos_token_id=258,
-    pad_token_id=None,
-)
+SIZES = {
+    "vocab_size": 272,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 128,
+    "bos_token_id": 257,
+    "eos_token_id": 258,
+    "pad_token_id": None,
+}
 ARCHITECTURES = ("llama3", "smollm2", "qwen3", "mistral", "gemma3", "gemma3_multimodal")
 
 
@@ -67,9 +67,14 @@ def architecture(kind: str) -> PreTrainedConfig:
         return MistralConfig(**SIZES, sliding_window=64, tie_word_embeddings=False)
     if kind == "gemma3":
         return Gemma3TextConfig(**SIZES, sliding_window=64, query_pre_attn_scalar=16)
-    vision = dict(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
-    )
+    vision = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 28,
+        "patch_size": 14,
+    }
     return Gemma3Config(text_config={**SIZES, "sliding_window": 64}, vision_config=vision, mm_tokens_per_image=4)
 
 
@@ -101,32 +106,32 @@ def make_tokenizer(**special: str | None) -> PreTrainedTokenizerFast:
 
 
 def model_config(path: Path | str, **changes: object) -> ModelConfig:
-    values: dict = dict(
-        path=str(path),
-        hub_id=None,
-        revision=None,
-        dtype=Dtype.float32,
-        attn_implementation=Attention.sdpa,
-        chat_template=None,
-        trust_remote_code=False,
-    )
+    values: dict = {
+        "path": str(path),
+        "hub_id": None,
+        "revision": None,
+        "dtype": Dtype.float32,
+        "attn_implementation": Attention.sdpa,
+        "chat_template": None,
+        "trust_remote_code": False,
+    }
     return ModelConfig(**{**values, **changes})
 
 
 def quantization_config(method: str = "nf4", **changes: object) -> QuantizationConfig:
-    values: dict = dict(double_quant=True, blocksize=64, compute_dtype=Dtype.float32, skip_modules=[])
+    values: dict = {"double_quant": True, "blocksize": 64, "compute_dtype": Dtype.float32, "skip_modules": []}
     return QuantizationConfig(method=QuantizationMethod(method), **{**values, **changes})
 
 
 def merge_config(**changes: object) -> MergeConfig:
-    values: dict = dict(
-        base=MergeBase.training,
-        dtype=Dtype.float32,
-        max_shard_size="5GB",
-        parity_num_tokens=500,
-        parity_max_mean_kl=1e-6,
-        parity_min_top1_agreement=0.9999,
-    )
+    values: dict = {
+        "base": MergeBase.training,
+        "dtype": Dtype.float32,
+        "max_shard_size": "5GB",
+        "parity_num_tokens": 500,
+        "parity_max_mean_kl": 1e-6,
+        "parity_min_top1_agreement": 0.9999,
+    }
     return MergeConfig(**{**values, **changes})
 
 

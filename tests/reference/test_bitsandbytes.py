@@ -1,9 +1,9 @@
 """bitsandbytes' hazards (0.50.2), each with the negative control that shows bitsandbytes' own behaviour."""
 
+import ast
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import peft
@@ -103,7 +103,7 @@ def test_kept_base_and_dequantised_base_train_bit_equal_on_a_cpu(quantized: Path
 
 
 def test_bit_equality_of_the_bases_holds_in_bfloat16_too(tmp_path: Path) -> None:
-    """Of the bases: with fp32 adapters on them peft rounds its sums elsewhere in its 4-bit layer than in its plain one."""
+    """Of the bases: with fp32 adapters peft rounds its sums elsewhere in its 4-bit layer than in its plain one."""
     config = quantization_config(compute_dtype=Dtype.bfloat16)
     make_model(tmp_path / "base", "mistral")
     validation = load_split(write_processed(tmp_path / "processed", 2), "validation")
@@ -122,7 +122,7 @@ def test_state_dict_after_an_evaluation_is_the_one_before(quantized: Path) -> No
 
 
 @pytest.fixture
-def trap(tmp_path: Path) -> Iterator[tuple[dict[str, str], Path]]:
+def trap(tmp_path: Path) -> tuple[dict[str, str], Path]:
     """An environment with a package `kernels` that leaves a mark when bitsandbytes asks it for a kernel of the Hub."""
     mark = tmp_path / "downloaded"
     (tmp_path / "kernels").mkdir()
@@ -131,7 +131,7 @@ def trap(tmp_path: Path) -> Iterator[tuple[dict[str, str], Path]]:
         f"    open({str(mark)!r}, 'w').close()\n"
         "    raise RuntimeError('no network')\n"
     )
-    yield {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}, mark
+    return {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}, mark
 
 
 def run(code: str, env: dict[str, str]) -> None:
@@ -139,6 +139,20 @@ def run(code: str, env: dict[str, str]) -> None:
         [sys.executable, "-c", code], env=env, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_every_import_of_peft_comes_after_the_guard() -> None:
+    """peft imports bitsandbytes: a module that imports either at its top has imported `pipeline.bnb` by then."""
+    found = 0
+    for path in [*(ROOT / "pipeline").glob("*.py"), *(ROOT / "stages").glob("*.py")]:
+        names = []
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        late = [i for i, name in enumerate(names) if name.split(".")[0] in ("peft", "bitsandbytes")]
+        found += len(late)
+        assert not late or "pipeline.bnb" in names[: late[0]], path
+    assert found
 
 
 @pytest.mark.parametrize("modules", ["pipeline.lora", "stages.train, stages.evaluate, stages.merge"])

@@ -1,4 +1,4 @@
-"""The merged folder in a process where neither peft nor bitsandbytes can be imported: plain transformers, equal logits."""
+"""The merged folder where neither peft nor bitsandbytes can be imported: plain transformers, equal logits."""
 
 import subprocess
 import sys

@@ -34,7 +34,8 @@ KEYS = {
 def settings(folder: Path, *overrides: str) -> RunConfig:
     fixed = [
         "model=local", f"model.path={folder / 'base'}", "runtime.tracking=false", "runtime.progress=false",
-        "runtime.device=cpu", "evaluate.generate=false", "evaluate.batch_size=4", "merge.parity_num_tokens=300", "lora.r=4",
+        "runtime.device=cpu", "evaluate.generate=false", "evaluate.batch_size=4", "merge.parity_num_tokens=300",
+        "lora.r=4",
     ]  # fmt: skip
     return compose_config([*fixed, *overrides])
 

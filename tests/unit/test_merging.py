@@ -1,4 +1,4 @@
-"""The merge and its proof: right for every kind of adapter, and every way to break it is caught and leaves nothing behind."""
+"""The merge and its proof: right for every kind of adapter; every way to break it is caught and leaves nothing."""
 
 import json
 import logging
@@ -38,7 +38,7 @@ def make_inputs(
     changes: dict | None = None,
     **lora: object,
 ) -> MergeInputs:
-    """A base, its quantised form, data, and an adapter whose update is a few percent of the weights, as training makes it."""
+    """A base, its quantised form, data, and an adapter whose update is a few percent of the weights."""
     make_model(folder / "base", kind, **(changes or {}))
     write_processed(folder / "processed")
     model, quantization = model_config(folder / "base"), quantization_config()

@@ -111,7 +111,7 @@ def test_wrong_shape_is_found_before_the_weights_are_read(folder: Path) -> None:
     with pytest.raises(
         ModelError,
         match=r"wrong shape: .*mlp\.down_proj\.weight is \(64, 172\), config\.json "
-        "makes it \(64, 200\)",
+        r"makes it \(64, 200\)",
     ):
         check_model(model_config(folder))
     with pytest.raises(ModelError, match="wrong shape"):
@@ -124,7 +124,7 @@ def test_wrong_shape_is_found_before_the_weights_are_read(folder: Path) -> None:
         (
             lambda weights: weights.pop("model.layers.1.mlp.up_proj.weight"),
             r"the files lack: "
-            "model\.layers\.1\.mlp\.up_proj",
+            r"model\.layers\.1\.mlp\.up_proj",
         ),
         (lambda weights: weights.update(extra=torch.ones(3)), r"the architecture lacks: extra"),
     ],
@@ -241,7 +241,7 @@ def test_hub_model_needs_a_pinned_commit(revision: str | None) -> None:
     with pytest.raises(
         ConfigError,
         match=r"40 hex "
-        "digits.*huggingface\.co/meta-llama/Llama-3\.1-8B/commits.*conf/model",
+        r"digits.*huggingface\.co/meta-llama/Llama-3\.1-8B/commits.*conf/model",
     ):
         check_model(config)
 
@@ -271,14 +271,19 @@ def test_hub_model_loads_from_the_pinned_snapshot(good: Path, monkeypatch: pytes
     assert hash_model(config) == f"org/name@{COMMIT}"
 
 
+def fill_the_disk(target: Path) -> None:
+    with model_files.written_folder(target, 10) as temporary:
+        (temporary / "b").write_text("2")
+        raise OSError(28, "No space left on device")
+
+
 def test_folder_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = tmp_path / "out"
     with model_files.written_folder(target, 10) as temporary:
         (temporary / "a").write_text("1")
     assert (target / "a").read_text() == "1"
-    with pytest.raises(ModelError, match="disk was full"), model_files.written_folder(target, 10) as temporary:
-        (temporary / "b").write_text("2")
-        raise OSError(28, "No space left on device")
+    with pytest.raises(ModelError, match="disk was full"):
+        fill_the_disk(target)
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
     assert [p.name for p in target.iterdir()] == ["a"]
     with pytest.raises(ModelError, match="nothing was written"), model_files.written_folder(target, 10**18):

@@ -1,4 +1,4 @@
-"""The quantised base: what is written, what comes back, what it costs; on every shape that bitsandbytes' kernels misread."""
+"""The quantised base: what is written, what comes back, what it costs; on shapes that bitsandbytes misreads too."""
 
 import json
 from pathlib import Path
@@ -44,7 +44,7 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
 
 
 def expected_weights(codes: torch.Tensor, state) -> torch.Tensor:
-    """4-bit codes to weights in plain torch: code table times the scale of the code's block, blocks running on over rows."""
+    """4-bit codes to weights in plain torch: table times the scale of the code's block, blocks running on over rows."""
     absmax = state.absmax
     if state.nested:
         absmax = bnb.functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
@@ -65,7 +65,7 @@ def test_dequantising_is_right_for_every_width(shape: tuple[int, int], kind: str
     torch.backends.cpu.get_cpu_capability() != "AVX512", reason="the kernel in question is the AVX512 one"
 )
 def test_bitsandbytes_itself_misreads_such_widths() -> None:
-    """The negative control: when this fails, bitsandbytes has mended its CPU kernel and `dequantize_4bit` can be plain."""
+    """The negative control: when this fails, bitsandbytes has mended its kernel and `dequantize_4bit` can be plain."""
     weight = torch.randn(64, 352, generator=torch.Generator().manual_seed(0))
     codes, state = bnb.functional.quantize_4bit(weight, blocksize=64, quant_type="nf4")
     right, theirs = expected_weights(codes, state), bnb.functional.dequantize_4bit(codes, state)
@@ -151,6 +151,15 @@ def test_compute_dtype_is_that_of_all_arithmetic(base: Path, validation, tmp_pat
         assert model(torch.tensor([[5, 6, 7]])).logits.dtype is torch.bfloat16
     kept = load_quantized(tmp_path / "q", config, CPU, KeepQuantized.always)
     assert {m.weight.quant_state.dtype for m in kept.modules() if isinstance(m, bnb.nn.Linear4bit)} == {torch.bfloat16}
+
+
+def test_a_16_bit_base_with_fp32_arithmetic_is_fp32_throughout(base: Path, validation, tmp_path: Path) -> None:
+    config = quantization_config()
+    quantize(model_config(base, dtype=Dtype.bfloat16), config, validation, tmp_path / "q", CPU)
+    for keep in (KeepQuantized.always, KeepQuantized.never):
+        model = load_quantized(tmp_path / "q", config, CPU, keep)
+        assert {p.dtype for p in model.parameters() if p.is_floating_point()} == {torch.float32}
+        assert logits(model).isfinite().all()
 
 
 @pytest.mark.parametrize(

@@ -24,11 +24,11 @@ def test_importing_tracking_does_not_import_mlflow():
 @pytest.mark.parametrize(
     ("changes", "name"),
     [
-        ({}, "qlora r8 a16 all_linear lr5e-3 · 3f2a91"),
-        ({"lora__r": 4, "lora__lora_alpha": 6.0}, "qlora r4 a6 all_linear lr5e-3 · 3f2a91"),
-        ({"train__learning_rate": 2.5e-4}, "qlora r8 a16 all_linear lr2.5e-4 · 3f2a91"),
-        ({"lora__target_modules": ["q_proj", "v_proj"]}, "qlora r8 a16 q_proj,v_proj lr5e-3 · 3f2a91"),
-        ({"lora__use_dora": True}, "qlora r8 a16 all_linear lr5e-3 dora · 3f2a91"),
+        ({}, "qlora r8 a16 lr5e-3 all_linear · 3f2a91"),
+        ({"lora__r": 4, "lora__lora_alpha": 6.0}, "qlora r4 a6 lr5e-3 all_linear · 3f2a91"),
+        ({"train__learning_rate": 2.5e-4}, "qlora r8 a16 lr2.5e-4 all_linear · 3f2a91"),
+        ({"lora__target_modules": ["q_proj", "v_proj"]}, "qlora r8 a16 lr5e-3 q_proj,v_proj · 3f2a91"),
+        ({"lora__use_dora": True}, "qlora r8 a16 lr5e-3 all_linear dora · 3f2a91"),
         ({"train__method": TrainMethod.full, "train__learning_rate": 1e-5}, "full lr1e-5 · 3f2a91"),
     ],
 )

@@ -7,10 +7,11 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
+from pipeline.checkpoints import Checkpoints
 from pipeline.config import compose_config
 from pipeline.errors import TrainingError
 from pipeline.lora import attach_lora
-from pipeline.training import num_steps, rows_of_step, train
+from pipeline.training import Trainer, num_steps, rows_of_step
 
 LENGTHS = [(4, 3), (6, 9), (3, 2), (8, 5), (2, 12), (7, 1), (5, 5), (9, 4)]
 
@@ -20,14 +21,15 @@ def settings(**changes):
     return dataclasses.replace(compose_config(overrides).train, **changes)
 
 
-def run(base: LlamaForCausalLM, make_split, **changes):
+def run(base: LlamaForCausalLM, make_split, checkpoints: Checkpoints | None = None, **changes):
     torch.manual_seed(0)
     model = attach_lora(copy.deepcopy(base), compose_config(["lora.r=4"]).lora)
     events: list[tuple[int, dict]] = []
-    progress = train(
+    trainer = Trainer(
         model, make_split(LENGTHS), make_split(LENGTHS[:4], seed=5, name="validation"), settings(**changes), 0,
         lambda step, event: events.append((step, event)), progress_bar=False,
     )  # fmt: skip
+    progress = trainer.run(checkpoints)
     weights = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
     return progress, weights, events
 

@@ -1,0 +1,110 @@
+"""Checkpoints of a training: written whole or not at all, verified when read.
+
+A checkpoint is a folder `checkpoint-STEP` with `tensors.safetensors` (weights), `state.pt` (optimizer, random number
+generators; read with weights_only) and `state.json` (numbers), and, written last, `complete.json` with a hash of each. It is made under
+another name and renamed, so that a crash or a full disk leaves the ones before as they are.
+"""
+
+import logging
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from pipeline.errors import DataError
+from pipeline.files import hash_file, read_json, write_json
+
+logger = logging.getLogger(__name__)
+MARKER = "complete.json"
+FILES = ("tensors.safetensors", "state.pt", "state.json")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Attributes:
+    tensors: weights by name, on the CPU.
+    state: state dicts of optimizer and schedule, random number generators: tensors and plain values.
+    numbers: what JSON holds.
+    """
+
+    step: int
+    tensors: dict[str, torch.Tensor]
+    state: dict[str, Any]
+    numbers: dict[str, Any]
+
+
+class Checkpoints:
+    """The checkpoints of one training, in a folder of its own; None of another's is ever looked at."""
+
+    def __init__(self, folder: Path, every_steps: int, num_kept: int):
+        self.folder = folder
+        self.every_steps = every_steps
+        self.num_kept = num_kept
+
+    def due(self, step: int) -> bool:
+        return step % self.every_steps == 0
+
+    def save(self, checkpoint: Checkpoint) -> None:
+        """Writes the checkpoint, then removes the oldest over the number kept."""
+        target = self.folder / f"checkpoint-{checkpoint.step:08d}"
+        temporary = self.folder / f".unfinished-{os.getpid()}"
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        try:
+            save_file({n: t.contiguous() for n, t in checkpoint.tensors.items()}, temporary / FILES[0])
+            torch.save(checkpoint.state, temporary / FILES[1])
+            write_json(temporary / FILES[2], checkpoint.numbers)
+            for name in FILES:
+                _flush(temporary / name)
+            write_json(temporary / MARKER, {name: hash_file(temporary / name) for name in FILES})
+            shutil.rmtree(target, ignore_errors=True)
+            temporary.rename(target)
+            _flush(self.folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        for old in self._folders()[: -self.num_kept]:
+            shutil.rmtree(old)
+
+    def latest(self) -> Checkpoint | None:
+        """The newest whole checkpoint; torn or altered ones are reported and passed over."""
+        for folder in reversed(self._folders()):
+            problem = _problem(folder)
+            if problem is None:
+                return Checkpoint(
+                    step=int(folder.name.rpartition("-")[2]),
+                    tensors=load_file(folder / FILES[0]),
+                    state=torch.load(folder / FILES[1], weights_only=True, map_location="cpu"),
+                    numbers=read_json(folder / FILES[2]),
+                )
+            logger.warning("%s: %s; passed over for the one before", folder, problem)
+        return None
+
+    def clear(self) -> None:
+        """Removes all of them: the training is done, or begins anew."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _folders(self) -> list[Path]:
+        return sorted(self.folder.glob("checkpoint-*"))
+
+
+def _problem(folder: Path) -> str | None:
+    """What is wrong with a checkpoint; None where nothing is."""
+    try:
+        hashes = read_json(folder / MARKER)
+        changed = [name for name in FILES if hash_file(folder / name) != hashes[name]]
+    except (DataError, OSError, KeyError):
+        return "incomplete"
+    return f"{changed[0]} was altered" if changed else None
+
+
+def _flush(path: Path) -> None:
+    """Waits until the file or folder is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
