@@ -135,7 +135,7 @@ class DataConfig:
     validation_share: float = MISSING  # of the rows, 0 to 0.5, where `files.validation` is null
     test_share: float = MISSING
     max_rows: Optional[int] = MISSING  # of train, taken by hash; null: all
-    max_bad_share: float = MISSING  # quarantined rows (too long not counted) over which prepare fails
+    max_bad_share: float = MISSING  # quarantined rows of any one file (too long not counted) over which prepare fails
     general_path: str = MISSING  # JSONL with `text`: what forgetting is measured on
 
 

@@ -26,7 +26,6 @@ def experiment_tags() -> dict[str, str]:
         "datasetsFilter": [],
         "modelVersionFilter": "All Runs",
         "selectedColumns": columns,
-        "columnWidths": {column: max(100, 8 * len(column) - 20) for column in columns},
         "runsExpanded": {},
         "runsPinned": [],
         "runsHidden": [],
