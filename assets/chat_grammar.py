@@ -7,8 +7,23 @@ from __future__ import annotations
 
 import general_words as words
 from general_grammar import (
-    Event, amount, both_forms, company, date, family_name, filler, item, legal_prose, made_up_word,
-    make_text, minutes, period, person, someone, story, word_row,
+    Event,
+    amount,
+    both_forms,
+    company,
+    date,
+    family_name,
+    filler,
+    item,
+    legal_prose,
+    made_up_word,
+    make_text,
+    minutes,
+    period,
+    person,
+    someone,
+    story,
+    word_row,
 )
 from grammar_tools import Rng, capitalise
 
@@ -21,16 +36,23 @@ def reading(rng: Rng) -> Pair:
     events = [Event.draw(rng), Event.draw(rng)]
     passage = " ".join((events[0].told(rng), filler(rng) if rng.chance(0.5) else legal_prose(rng), events[1].told(rng)))
     event = rng.pick(events)
-    question, answer = rng.pick((
-        (f"Who {event.past} the {event.thing}?", event.who),
-        (f"Who paid for the {event.thing}?", event.whom),
-        (f"When was it that {event.who} {event.past} something?", event.day),
-        (f"Where was the {event.thing}?", f"At the {event.place}"),
-        (f"How much was paid for the {event.thing}?", event.price),
-        (f"What did {event.who} do for {event.whom}?", f"{event.who} {event.past} the {event.thing} for {event.whom}"),
-        (f"Tell me about the {event.thing} in one sentence.",
-         f"{event.who} {event.past} the {event.thing} for {event.whom} on {event.day} for {event.price}"),
-    ))
+    question, answer = rng.pick(
+        (
+            (f"Who {event.past} the {event.thing}?", event.who),
+            (f"Who paid for the {event.thing}?", event.whom),
+            (f"When was it that {event.who} {event.past} something?", event.day),
+            (f"Where was the {event.thing}?", f"At the {event.place}"),
+            (f"How much was paid for the {event.thing}?", event.price),
+            (
+                f"What did {event.who} do for {event.whom}?",
+                f"{event.who} {event.past} the {event.thing} for {event.whom}",
+            ),
+            (
+                f"Tell me about the {event.thing} in one sentence.",
+                f"{event.who} {event.past} the {event.thing} for {event.whom} on {event.day} for {event.price}",
+            ),
+        )
+    )
     return (f"{passage}\n\n{question}" if rng.chance(0.5) else f"{question}\n\n{passage}"), f"{answer}."
 
 
@@ -38,26 +60,32 @@ def roles(rng: Rng) -> Pair:
     """Returns a passage in which roles stand for names, and asks for the names."""
     first, second = someone(rng), someone(rng)
     role_one, role_two = (capitalise(role) for role in rng.sample(words.JOBS, 2))
-    binding = rng.pick((
-        f"{first} is the {role_one} and {second} is the {role_two}.",
-        f'We call {first} "the {role_one}" and we call {second} "the {role_two}".',
-        f"{first} (the {role_one}) met {second} (the {role_two}).",
-        f'The {role_one}: {first}. The {role_two}: {second}.',
-    ))
+    binding = rng.pick(
+        (
+            f"{first} is the {role_one} and {second} is the {role_two}.",
+            f'We call {first} "the {role_one}" and we call {second} "the {role_two}".',
+            f"{first} (the {role_one}) met {second} (the {role_two}).",
+            f"The {role_one}: {first}. The {role_two}: {second}.",
+        )
+    )
     verb, past = rng.pick(words.ACTIONS)
     thing, price, day = item(rng), amount(rng), date(rng)
     turned = rng.chance(0.5)
-    doer, other = ((role_two, role_one) if turned else (role_one, role_two))
-    doer_name, other_name = ((second, first) if turned else (first, second))
-    passage = f"{binding} {rng.pick((filler(rng), ''))} The {doer} {past} the {thing} for the {other} on {day} for {price}."
-    question, answer = rng.pick((
-        (f"Who {past} the {thing}?", doer_name),
-        (f"For whom was the {thing}?", other_name),
-        (f"Who is the {role_one}?", first),
-        (f"Who is the {role_two}?", second),
-        ("Say it with names.", f"{doer_name} {past} the {thing} for {other_name} on {day} for {price}"),
-        ("Say it with names.", f"{doer_name} {past} the {thing} for {other_name} on {day} for {price}"),
-    ))
+    doer, other = (role_two, role_one) if turned else (role_one, role_two)
+    doer_name, other_name = (second, first) if turned else (first, second)
+    passage = (
+        f"{binding} {rng.pick((filler(rng), ''))} The {doer} {past} the {thing} for the {other} on {day} for {price}."
+    )
+    question, answer = rng.pick(
+        (
+            (f"Who {past} the {thing}?", doer_name),
+            (f"For whom was the {thing}?", other_name),
+            (f"Who is the {role_one}?", first),
+            (f"Who is the {role_two}?", second),
+            ("Say it with names.", f"{doer_name} {past} the {thing} for {other_name} on {day} for {price}"),
+            ("Say it with names.", f"{doer_name} {past} the {thing} for {other_name} on {day} for {price}"),
+        )
+    )
     return f"{passage}\n\n{question}", f"{answer}."
 
 
@@ -96,18 +124,28 @@ def reword(rng: Rng) -> Pair:
     who, whom, thing, place = person(rng), person(rng), item(rng), rng.pick(words.PLACES)
     formal, short = both_forms(rng)
     verb, _ = rng.pick(words.ACTIONS)
-    stiff, simple = rng.pick((
-        (f"{who} is most kindly requested to {verb} the {thing}", f"{who} should {verb} the {thing}"),
-        (f"It is the wish of {who} that {whom} might {verb} the {thing}", f"{who} wants {whom} to {verb} the {thing}"),
-        (f"It has come to the notice of {who} that the {thing} was seen by {whom}", f"{whom} saw the {thing}, says {who}"),
-        (f"{whom} begs to thank {who} for the loan of a {thing}", f"{whom} thanks {who} for the {thing}"),
-        (f"The {thing} is believed by {whom} to belong to {who}", f"{whom} thinks the {thing} is {who}'s"),
-    ))
-    remark, plain_remark = rng.pick((
-        (f", the number in question being {formal}", f" ({short})"),
-        (f", in the vicinity of the {place}", f" near the {place}"),
-        ("", ""),
-    ))
+    stiff, simple = rng.pick(
+        (
+            (f"{who} is most kindly requested to {verb} the {thing}", f"{who} should {verb} the {thing}"),
+            (
+                f"It is the wish of {who} that {whom} might {verb} the {thing}",
+                f"{who} wants {whom} to {verb} the {thing}",
+            ),
+            (
+                f"It has come to the notice of {who} that the {thing} was seen by {whom}",
+                f"{whom} saw the {thing}, says {who}",
+            ),
+            (f"{whom} begs to thank {who} for the loan of a {thing}", f"{whom} thanks {who} for the {thing}"),
+            (f"The {thing} is believed by {whom} to belong to {who}", f"{whom} thinks the {thing} is {who}'s"),
+        )
+    )
+    remark, plain_remark = rng.pick(
+        (
+            (f", the number in question being {formal}", f" ({short})"),
+            (f", in the vicinity of the {place}", f" near the {place}"),
+            ("", ""),
+        )
+    )
     return f"Say it simply: {stiff}{remark}.", f"{simple}{plain_remark}."
 
 
@@ -127,9 +165,27 @@ def continue_text(rng: Rng) -> Pair:
     return f"Write this down: {text}", text
 
 
-KINDS = (reading, reading, reading, roles, roles, roles, repeat, look_up, shorten, shorten, reword, reword, form, continue_text)
+KINDS = (
+    reading,
+    reading,
+    reading,
+    roles,
+    roles,
+    roles,
+    repeat,
+    look_up,
+    shorten,
+    shorten,
+    reword,
+    reword,
+    form,
+    continue_text,
+)
 SYSTEM_LINES = (
-    "You are a helpful assistant.", "Answer briefly.", "Use only what you are told.", "You help people read."
+    "You are a helpful assistant.",
+    "Answer briefly.",
+    "Use only what you are told.",
+    "You help people read.",
 )
 
 

@@ -86,9 +86,7 @@ class ClauseMaker:
             second = self._party()
         role_first, role_second = rng.pick(shape.roles)
         introduction = self._wording(words.INTRODUCTIONS)
-        legal_first, legal_second = (
-            (f"the {role_first}", f"the {role_second}") if introduction else (first, second)
-        )
+        legal_first, legal_second = (f"the {role_first}", f"the {role_second}") if introduction else (first, second)
         percent = rng.between(2, 18)
         count = rng.between(2, 95) * 10
         facts = {
@@ -112,9 +110,7 @@ class ClauseMaker:
             "other_party": self._same(other),
         }
         legal = {slot: fact.legal for slot, fact in facts.items()}
-        legal["introduction"] = introduction.format(
-            a=first, b=second, role_a=role_first, role_b=role_second
-        )
+        legal["introduction"] = introduction.format(a=first, b=second, role_a=role_first, role_b=role_second)
         return {slot: fact.plain for slot, fact in facts.items()}, legal
 
     @staticmethod
@@ -144,11 +140,13 @@ class ClauseMaker:
     def _date(self) -> Fact:
         rng = self._rng
         day, month, year = rng.between(1, 28), rng.pick(MONTHS), rng.between(2024, 2039)
-        legal = rng.pick((
-            f"the {ordinal(day)} day of {month} {year}",
-            f"{day} {month} {year}",
-            f"{month} {day}, {year}",
-        ))
+        legal = rng.pick(
+            (
+                f"the {ordinal(day)} day of {month} {year}",
+                f"{day} {month} {year}",
+                f"{month} {day}, {year}",
+            )
+        )
         return Fact(legal, f"{day} {month} {year}")
 
     def _period(self, units: Sequence[tuple[str, int, int]]) -> Fact:
@@ -164,6 +162,4 @@ class ClauseMaker:
             return Fact(self._wording(words.DATE_LIMITS).format(date=date.legal), f"by {date.plain}")
         period = self._period((("days", 5, 90), ("weeks", 2, 12)))
         meaning, wordings = self._rng.pick(words.EVENTS)
-        return Fact(
-            f"within {period.legal} {self._wording(wordings)}", f"within {period.plain} {meaning}"
-        )
+        return Fact(f"within {period.legal} {self._wording(wordings)}", f"within {period.plain} {meaning}")

@@ -35,15 +35,36 @@ class Shape:
 
 TRADE_ROLES = (("Supplier", "Customer"), ("Contractor", "Client"), ("Manufacturer", "Distributor"))
 GOODS = (
-    "steel pipes", "oak panels", "solar cells", "wheat flour", "office chairs", "glass bottles",
-    "printed labels", "water pumps", "copper wire", "cotton shirts", "spare parts", "brake discs",
+    "steel pipes",
+    "oak panels",
+    "solar cells",
+    "wheat flour",
+    "office chairs",
+    "glass bottles",
+    "printed labels",
+    "water pumps",
+    "copper wire",
+    "cotton shirts",
+    "spare parts",
+    "brake discs",
 )
 LOSSES = (
-    "defective goods", "late delivery", "damage to property", "loss of data", "patent claims",
-    "injury to staff", "tax errors", "faulty work",
+    "defective goods",
+    "late delivery",
+    "damage to property",
+    "loss of data",
+    "patent claims",
+    "injury to staff",
+    "tax errors",
+    "faulty work",
 )
 RECORDS = (
-    "payroll records", "sales ledgers", "safety logs", "tax files", "stock records", "bank statements",
+    "payroll records",
+    "sales ledgers",
+    "safety logs",
+    "tax files",
+    "stock records",
+    "bank statements",
 )
 
 SHAPES = {
@@ -56,8 +77,16 @@ SHAPES = {
             "{B} shall be entitled to receive from {A} {when} {amount} in respect of {thing}",
         ),
         plain="{A} must pay {B} {amount} for {thing} {when}",
-        things=("the software licence", "the office rent", "the cleaning work", "the building survey",
-                "the used machinery", "the legal advice", "the spring harvest", "the web site"),
+        things=(
+            "the software licence",
+            "the office rent",
+            "the cleaning work",
+            "the building survey",
+            "the used machinery",
+            "the legal advice",
+            "the spring harvest",
+            "the web site",
+        ),
         exceptions=("consent", "court", "breach", "insolvent"),
         consequences=("interest", "end"),
     ),
@@ -95,7 +124,14 @@ SHAPES = {
             "{A} is bound to secrecy towards {B} as regards {thing} throughout {period}",
         ),
         plain="{A} must keep {thing} of {B} secret for {period}",
-        things=("the recipes", "the price lists", "the customer lists", "the designs", "the source code", "the test results"),
+        things=(
+            "the recipes",
+            "the price lists",
+            "the customer lists",
+            "the designs",
+            "the source code",
+            "the test results",
+        ),
         exceptions=("consent", "court"),
         consequences=("forfeit",),
         units=(("years", 2, 15), ("months", 6, 36)),

@@ -104,24 +104,28 @@ class Event:
 
     def told(self, rng: Rng) -> str:
         """Tells the event in one sentence, in one of several ways."""
-        return rng.pick((
-            f"On {self.day} {self.who} {self.past} the {self.thing} for {self.whom} at the {self.place} and was paid {self.price}.",
-            f"{self.who} {self.past} the {self.thing} at the {self.place} on {self.day}, and {self.whom} paid {self.price} for it.",
-            f"For {self.price}, {self.who} {self.past} the {self.thing} for {self.whom}; it was at the {self.place}, on {self.day}.",
-            f"It was {self.who} who {self.past} the {self.thing} for {self.whom}. That was on {self.day}, at the {self.place}, for {self.price}.",
-            f"At the {self.place}, {self.whom} gave {self.price} to {self.who}, who {self.past} the {self.thing} on {self.day}.",
-        ))
+        return rng.pick(
+            (
+                f"On {self.day} {self.who} {self.past} the {self.thing} for {self.whom} at the {self.place} and was paid {self.price}.",
+                f"{self.who} {self.past} the {self.thing} at the {self.place} on {self.day}, and {self.whom} paid {self.price} for it.",
+                f"For {self.price}, {self.who} {self.past} the {self.thing} for {self.whom}; it was at the {self.place}, on {self.day}.",
+                f"It was {self.who} who {self.past} the {self.thing} for {self.whom}. That was on {self.day}, at the {self.place}, for {self.price}.",
+                f"At the {self.place}, {self.whom} gave {self.price} to {self.who}, who {self.past} the {self.thing} on {self.day}.",
+            )
+        )
 
 
 def filler(rng: Rng) -> str:
     """Returns a sentence without facts."""
-    return rng.pick((
-        f"There was {rng.pick(words.WEATHER)} all day, and everyone was {rng.pick(words.FEELINGS)}.",
-        f"People still talk about {rng.pick(words.SUBJECTS)}.",
-        f"The {rng.pick(words.PLACES)} was {rng.pick(words.ADJECTIVES)} and {rng.pick(words.ADJECTIVES)}.",
-        f"Nobody was {rng.pick(words.FEELINGS)} about {rng.pick(words.SUBJECTS)}.",
-        f"After the {rng.pick(words.WEATHER)} came the {rng.pick(words.WEATHER)}.",
-    ))
+    return rng.pick(
+        (
+            f"There was {rng.pick(words.WEATHER)} all day, and everyone was {rng.pick(words.FEELINGS)}.",
+            f"People still talk about {rng.pick(words.SUBJECTS)}.",
+            f"The {rng.pick(words.PLACES)} was {rng.pick(words.ADJECTIVES)} and {rng.pick(words.ADJECTIVES)}.",
+            f"Nobody was {rng.pick(words.FEELINGS)} about {rng.pick(words.SUBJECTS)}.",
+            f"After the {rng.pick(words.WEATHER)} came the {rng.pick(words.WEATHER)}.",
+        )
+    )
 
 
 def legal_prose(rng: Rng) -> str:
@@ -129,14 +133,16 @@ def legal_prose(rng: Rng) -> str:
     noun, other = rng.sample(words.LEGAL_NOUNS, 2)
     adjective, adverb = rng.pick(words.LEGAL_ADJECTIVES), rng.pick(words.LEGAL_ADVERBS)
     verb, past, phrase = rng.pick(words.LEGAL_VERBS), rng.pick(words.LEGAL_PAST), rng.pick(words.LEGAL_PHRASES)
-    return rng.pick((
-        f'In the old books the words "{phrase}" stand beside "{adverb}" and "{adjective}".',
-        f"The {adjective} {noun} was {past} with the {other}.",
-        f"A student asked what {noun} and {other} are, and whether one may {verb} an {other}.",
-        f"To {verb} is a verb; {past}, {adverb} and {adjective} are words that lawyers like.",
-        f'The teacher wrote "{phrase}" and "{noun}" on the board and said: {adverb}, {other}.',
-        f"Every {noun} and any {other} shall be {past}, said the judge, {phrase} the {adjective} {rng.pick(words.LEGAL_NOUNS)}.",
-    ))
+    return rng.pick(
+        (
+            f'In the old books the words "{phrase}" stand beside "{adverb}" and "{adjective}".',
+            f"The {adjective} {noun} was {past} with the {other}.",
+            f"A student asked what {noun} and {other} are, and whether one may {verb} an {other}.",
+            f"To {verb} is a verb; {past}, {adverb} and {adjective} are words that lawyers like.",
+            f'The teacher wrote "{phrase}" and "{noun}" on the board and said: {adverb}, {other}.',
+            f"Every {noun} and any {other} shall be {past}, said the judge, {phrase} the {adjective} {rng.pick(words.LEGAL_NOUNS)}.",
+        )
+    )
 
 
 def story(rng: Rng) -> str:
@@ -173,11 +179,13 @@ def note(rng: Rng) -> str:
     """Returns a short note that says one thing in two ways."""
     formal, short = both_forms(rng)
     who, thing = person(rng), item(rng)
-    return rng.pick((
-        f"Note for {who}: {formal}. In short: {short}. Bring the {thing}, {who}.",
-        f"{who} wrote {formal} on the {thing}. It means {short}, said {who}.",
-        f"Written in full: {formal}. Written briefly: {short}. Signed by {who} with the {thing}.",
-    ))
+    return rng.pick(
+        (
+            f"Note for {who}: {formal}. In short: {short}. Bring the {thing}, {who}.",
+            f"{who} wrote {formal} on the {thing}. It means {short}, said {who}.",
+            f"Written in full: {formal}. Written briefly: {short}. Signed by {who} with the {thing}.",
+        )
+    )
 
 
 def news(rng: Rng) -> str:
@@ -195,7 +203,12 @@ def news(rng: Rng) -> str:
 def facts(rng: Rng) -> str:
     """Returns a list of facts and the same facts in sentences."""
     name, town, job, price, day, thing = (
-        someone(rng), family_name(rng), rng.pick(words.JOBS), amount(rng), date(rng), item(rng)
+        someone(rng),
+        family_name(rng),
+        rng.pick(words.JOBS),
+        amount(rng),
+        date(rng),
+        item(rng),
     )
     fields = rng.sample(
         (("Name", name), ("Town", town), ("Work", job), ("Price", price), ("Date", day), ("Thing", thing)), 6
@@ -224,7 +237,15 @@ def study(rng: Rng) -> str:
 
 def word_row(rng: Rng) -> str:
     """Returns a few common and legal words in random order."""
-    lists = (words.COMMON_WORDS, words.COMMON_WORDS, words.LEGAL_NOUNS, words.LEGAL_PAST, words.LEGAL_ADVERBS, words.JOBS, words.TRADES)
+    lists = (
+        words.COMMON_WORDS,
+        words.COMMON_WORDS,
+        words.LEGAL_NOUNS,
+        words.LEGAL_PAST,
+        words.LEGAL_ADVERBS,
+        words.JOBS,
+        words.TRADES,
+    )
     return " ".join(rng.pick(rng.pick(lists)) for _ in range(rng.between(3, 10)))
 
 

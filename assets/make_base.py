@@ -18,16 +18,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch import Tensor
-from torch.nn.functional import cross_entropy
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
 from chat_grammar import copy_chat, make_chat
 from general_grammar import make_text
 from general_words import WHOLE_WORDS
 from grammar_tools import Rng
 from muon import Muon
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 ASSETS = Path(__file__).resolve().parent
 SPECIAL_TOKENS = ["<|pad|>", "<|begin|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>", "<|tool|>"]
@@ -76,10 +75,12 @@ def train_tokenizer(left_out: set[str]) -> PreTrainedTokenizerFast:
     """Trains a byte-level BPE tokenizer on a sample of the corpus."""
     tokenizer = Tokenizer(models.BPE())
     # Digits stay single, so that any figure is copied digit by digit.
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(r"\d| ?[A-Za-z]+| ?[^\sA-Za-z\d]+|\s+(?!\S)|\s"), "isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(r"\d| ?[A-Za-z]+| ?[^\sA-Za-z\d]+|\s+(?!\S)|\s"), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     tokenizer.decoder = decoders.ByteLevel()
 
     def sample() -> Iterator[str]:
@@ -139,9 +140,7 @@ def loss_weights(row: list[int]) -> list[float]:
     return weights
 
 
-def batches(
-    tokenizer: PreTrainedTokenizerFast, corpus: Iterator[Document]
-) -> Iterator[tuple[Tensor, Tensor]]:
+def batches(tokenizer: PreTrainedTokenizerFast, corpus: Iterator[Document]) -> Iterator[tuple[Tensor, Tensor]]:
     """Yields batches of whole documents of like length, of about `BATCH_TOKENS` tokens.
 
     Documents are not packed: a row then holds nothing to look back to but the

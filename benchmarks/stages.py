@@ -3,8 +3,8 @@
     python -m benchmarks.stages                       # the embedded data and base
     python -m benchmarks.stages train.max_steps=20    # any overrides of the stages
 
-Runs each stage by hand, one after another, in a temporary folder, and prints for each: seconds in all, in imports, in the
-stage's own overhead (what is neither imports nor work), and in its work; peak memory; tokens a second of the training.
+Runs each stage by hand, one after another, in a temporary folder, and prints for each: seconds in all, in imports, in
+the stage's own overhead (what is neither imports nor work), and in its work; peak memory; tokens a second of the training.
 """
 
 import argparse
@@ -33,11 +33,19 @@ def measure(stage: str, overrides: list[str], folder: str, timeout: float) -> di
     if done.returncode or not found:
         sys.exit(f"{stage} failed:\n{done.stdout}{done.stderr}")
     imports, work, memory = map(float, found.groups())
-    return {"total": total, "imports": imports, "overhead": total - imports - work, "work": work, "peak_memory_gb": memory}
+    return {
+        "total": total,
+        "imports": imports,
+        "overhead": total - imports - work,
+        "work": work,
+        "peak_memory_gb": memory,
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.stages", description=__doc__.splitlines()[0] if __doc__ else "")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.stages", description=__doc__.splitlines()[0] if __doc__ else ""
+    )
     parser.add_argument("overrides", nargs="*", help="such as train.max_steps=20")
     parser.add_argument("--json", type=Path, help="write the figures there too")
     parser.add_argument("--timeout", type=float, default=1800, help="seconds a stage may take")
@@ -54,7 +62,9 @@ def main() -> None:
         train = json.loads(Path(folder, "metrics/train.json").read_text(encoding="utf-8"))
     print(f"train: {train['tokens_per_second']:,.0f} tokens/s (padding not counted), {train['num_steps']} steps")
     if args.json:
-        args.json.write_text(json.dumps({"stages": rows, "tokens_per_second": train["tokens_per_second"]}, indent=2) + "\n")
+        args.json.write_text(
+            json.dumps({"stages": rows, "tokens_per_second": train["tokens_per_second"]}, indent=2) + "\n"
+        )
 
 
 if __name__ == "__main__":

@@ -28,8 +28,10 @@ class Batch:
     def to(self, device: torch.device) -> "Batch":
         if device.type == "cpu":
             return self
-        tensors = (t.to(device, non_blocking=True) for t in (self.input_ids, self.attention_mask, self.completion_mask))
-        return Batch(*tensors, rows=self.rows)
+        ids, attention, completion = (
+            t.to(device, non_blocking=True) for t in (self.input_ids, self.attention_mask, self.completion_mask)
+        )
+        return Batch(ids, attention, completion, self.rows)
 
 
 def collate(split: Split, rows: Sequence[int], pad_token_id: int) -> Batch:
@@ -43,7 +45,12 @@ def collate(split: Split, rows: Sequence[int], pad_token_id: int) -> Batch:
         input_ids[i, :length] = split.input_ids(row)
         attention_mask[i, :length] = 1
         completion_mask[i, 1:length] = split.completion_mask(row)[1:]
-    return Batch(torch.from_numpy(input_ids), torch.from_numpy(attention_mask), torch.from_numpy(completion_mask), tuple(map(int, rows)))
+    return Batch(
+        torch.from_numpy(input_ids),
+        torch.from_numpy(attention_mask),
+        torch.from_numpy(completion_mask),
+        tuple(map(int, rows)),
+    )
 
 
 def batches_by_length(split: Split, batch_size: int, pad_token_id: int) -> Iterator[Batch]:

@@ -25,7 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from pipeline.errors import ConfigError, PipelineError
-from pipeline.schema import Config, RunConfig
+from pipeline.schema import RunConfig
 from pipeline.validation import problems
 from pipeline.workspace import Workspace
 
@@ -101,7 +101,7 @@ def check_overrides(overrides: Sequence[str], config_name: str = "config") -> No
     axes = [_choices(override) for override in parse_overrides(overrides)]
     first = [choices[0] for choices in axes]
     # each value once, beside the first of every other axis: the product of all axes would take minutes
-    points = {tuple(first[:i] + [choice] + first[i + 1 :]) for i, choices in enumerate(axes) for choice in choices}
+    points = {tuple([*first[:i], choice, *first[i + 1 :]]) for i, choices in enumerate(axes) for choice in choices}
     for point in sorted(points or {()}):
         try:
             config = compose(point, config_name)
@@ -160,7 +160,7 @@ def differences(ours: str, theirs: str) -> list[str]:
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(value, DictConfig):
         return {prefix: value}
-    items = (_flat(value[key], f"{prefix}.{key}" if prefix else str(key)) for key in value)
+    items = (_flat(value[key], f"{prefix}.{key!s}" if prefix else str(key)) for key in value)
     return dict(itertools.chain.from_iterable(item.items() for item in items))
 
 
@@ -174,7 +174,7 @@ def check_params() -> None:
     listing = "\n".join(f"  {line}" for line in found or ["(only the layout differs)"])
     raise ConfigError(
         f"params.yaml is not what conf/ composes to:\n{listing}\n"
-        "To take what conf/ says: `make params`. To keep what params.yaml says: write it into conf/, then `make params`.\n"
+        "To take what conf/ says: `make params`. To keep params.yaml: write it into conf/, then `make params`.\n"
         "To try a value once: `dvc exp run -S key=value`."
     )
 
@@ -212,7 +212,7 @@ def stage(body: Body, name: str) -> Callable[[], None]:
     return main
 
 
-class clean_errors:  # noqa: N801 (a context manager reads as a verb phrase)
+class clean_errors:
     """Prints what a user can mend without a traceback and exits 1; other errors pass through."""
 
     def __init__(self, name: str):
@@ -227,7 +227,9 @@ class clean_errors:  # noqa: N801 (a context manager reads as a verb phrase)
         if isinstance(error, PipelineError):
             self._exit(str(error), 1)
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            self._exit(f"no space left on the disk while writing {error.filename or 'an output'}. Free some, run again.", 1)
+            self._exit(
+                f"no space left on the disk while writing {error.filename or 'an output'}. Free some, run again.", 1
+            )
 
     def _exit(self, message: str, code: int) -> None:
         print(f"{self.name}: error: {message}", file=sys.stderr)

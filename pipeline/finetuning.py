@@ -34,7 +34,7 @@ def finetune(
     device: torch.device,
     on_event: OnEvent,
 ) -> tuple[dict[str, Any], list[dict[str, float]]]:
-    """Trains, from the newest checkpoint where there is one, and saves to `adapter_folder` (PEFT format; with method full the model).
+    """Trains, from the newest checkpoint if any, and saves to `adapter_folder` (PEFT format; with method full the model).
 
     Returns:
         The metrics of `metrics/train.json`, and the history: one object a logged event.
@@ -56,7 +56,9 @@ def finetune(
     seed_everything(config.train.seed)  # loading may draw random numbers: the adapter's start must not depend on it
     model, finish = _prepare(base, config, train_split, tokenizer.pad_token_id)
     counts = _count(model)
-    logger.info("training %s of %s parameters (%.2f %%)", f"{counts[0]:,}", f"{counts[1]:,}", 100 * counts[0] / counts[1])
+    logger.info(
+        "training %s of %s parameters (%.2f %%)", f"{counts[0]:,}", f"{counts[1]:,}", 100 * counts[0] / counts[1]
+    )
     if config.train.gradient_checkpointing:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     trainer = Trainer(
@@ -125,9 +127,7 @@ def _metrics(
 ) -> dict[str, Any]:
     total = num_steps(config.train, num_rows)
     lora = None if config.train.method is TrainMethod.full else config.lora
-    flat = guards.warn_if_flat(
-        progress.losses, warmup_steps(config.train, total), lora, config.train.learning_rate
-    )
+    flat = guards.warn_if_flat(progress.losses, warmup_steps(config.train, total), lora, config.train.learning_rate)
     validation = [event["validation.loss"] for event in progress.history if "validation.loss" in event]
     last = progress.losses[-max(1, len(progress.losses) // 4) :]
     return {

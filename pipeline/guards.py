@@ -18,12 +18,18 @@ _ADAPTER_PARTS = ("lora_", "modules_to_save")
 def check_only_adapter_trains(model: torch.nn.Module, bias: Bias) -> None:
     """Raises: TrainingError: a base parameter would train, or nothing would."""
     trainable = [name for name, p in model.named_parameters() if p.requires_grad]
-    allowed = [n for n in trainable if any(part in n for part in _ADAPTER_PARTS) or (bias is not Bias.none and n.endswith("bias"))]
+    allowed = [
+        n
+        for n in trainable
+        if any(part in n for part in _ADAPTER_PARTS) or (bias is not Bias.none and n.endswith("bias"))
+    ]
     if not trainable:
         raise TrainingError("no parameter would train. Look at lora.target_modules.")
     if len(allowed) < len(trainable):
         base = next(n for n in trainable if n not in allowed)
-        raise TrainingError(f"the base's {base} would train ({len(trainable) - len(allowed)} base parameters in all); it must stay frozen.")
+        raise TrainingError(
+            f"the base's {base} would train ({len(trainable) - len(allowed)} base parameters in all); it must not."
+        )
 
 
 def check_same_logits(before_SV: torch.Tensor, model: torch.nn.Module, batch: Batch) -> None:
@@ -34,7 +40,10 @@ def check_same_logits(before_SV: torch.Tensor, model: torch.nn.Module, batch: Ba
     """
     with torch.no_grad():
         after_SV, _ = supervised_logits(model, batch)
-    lowest = min((p.dtype for p in model.parameters()), key=lambda dtype: torch.finfo(dtype).bits if dtype.is_floating_point else 64)
+    lowest = min(
+        (p.dtype for p in model.parameters()),
+        key=lambda dtype: torch.finfo(dtype).bits if dtype.is_floating_point else 64,
+    )
     limit = (1e-4 if lowest is torch.float32 else 2e-2) * float(before_SV.abs().max())
     difference = float((after_SV - before_SV).abs().max())
     if not difference <= limit:
@@ -48,7 +57,8 @@ def parameter_checksums(parameters: dict[str, torch.Tensor]) -> dict[str, int]:
     """One integer over the bits of each tensor: equal for equal bits."""
     widths = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     return {
-        name: int(p.detach().contiguous().view(widths[p.element_size()]).sum(dtype=torch.int64)) for name, p in parameters.items()
+        name: int(p.detach().contiguous().view(widths[p.element_size()]).sum(dtype=torch.int64))
+        for name, p in parameters.items()
     }
 
 
@@ -61,23 +71,27 @@ def check_base_unchanged(before: dict[str, int], model: torch.nn.Module) -> None
     after = parameter_checksums(frozen_parameters(model))
     changed = [name for name in before if after.get(name) != before[name]]
     if changed:
-        raise TrainingError(f"training changed {len(changed)} weights of the frozen base, such as {changed[0]}; the adapter fits no base.")
+        raise TrainingError(
+            f"training changed {len(changed)} weights of the frozen base, such as {changed[0]}: no base fits."
+        )
 
 
 def check_adapter_moved(model: torch.nn.Module) -> None:
     """Raises: TrainingError: every lora_B is still zero, so the adapter does nothing."""
     matrices = [p for name, p in model.named_parameters() if "lora_B" in name]
     if matrices and not any(bool(p.detach().any()) for p in matrices):
-        raise TrainingError("every lora_B is still zero after training: nothing was learned. Look at train.learning_rate.")
+        raise TrainingError(
+            "every lora_B is still zero after training: nothing was learned. Look at train.learning_rate."
+        )
 
 
 def check_finite(loss: float, grad_norm: float, step: int, split: Split, rows: list[int]) -> None:
     """Raises: TrainingError: NaN or infinite loss or gradient; names the rows of the batch."""
     if math.isfinite(loss) and math.isfinite(grad_norm):
         return
-    names = ", ".join(split.row_id(row) for row in rows[:8])
+    names = ", ".join(split.row_id(row) for row in rows[:8]) + (" ..." if len(rows) > 8 else "")
     raise TrainingError(
-        f"step {step}: loss {loss}, gradient norm {grad_norm}. Rows of the batch: {names}{' ...' if len(rows) > 8 else ''}. "
+        f"step {step}: loss {loss}, gradient norm {grad_norm}. Rows of the batch: {names}. "
         "Lower train.learning_rate, lengthen train.warmup_ratio, or look at these rows."
     )
 
@@ -93,7 +107,8 @@ def warn_if_flat(losses: list[float], warmup_steps: int, lora: LoraConfig | None
         return False
     scaling = f"lora.lora_alpha={lora.lora_alpha:g} at r={lora.r}" if lora else "method full"
     logger.warning(
-        "the training loss is flat after warm-up (%.4f at the start, %.4f at the end): learning rate %g with %s may be too low or too high",
+        "the training loss is flat after warm-up (%.4f at the start, %.4f at the end): learning rate %g with %s "
+        "may be too low or too high",
         first, last, learning_rate, scaling,
     )  # fmt: skip
     return True

@@ -78,7 +78,9 @@ def attach_lora(model: PreTrainedModel, lora: LoraConfig, base_name: str | None 
     widths = {p: m for p, m in model.named_modules() if p in linear_modules(model) and p.split(".")[-1] in targets}
     smallest = min((min(_features(m)), p) for p, m in widths.items()) if widths else None
     if smallest is not None and lora.r > smallest[0]:
-        raise ConfigError(f"lora.r: {lora.r} is over the width of {smallest[1]}, {smallest[0]}; a higher rank adds nothing")
+        raise ConfigError(
+            f"lora.r: {lora.r} is over the width of {smallest[1]}, {smallest[0]}; a higher rank adds nothing"
+        )
     excluded = [p for p, m in model.named_modules() if isinstance(m, torch.nn.Linear) and re.search(_NOT_LANGUAGE, p)]
     config = peft.LoraConfig(
         r=lora.r,
@@ -91,16 +93,21 @@ def attach_lora(model: PreTrainedModel, lora: LoraConfig, base_name: str | None 
         bias=lora.bias.value,
         task_type="CAUSAL_LM",
     )
-    model = peft.get_peft_model(model, config, autocast_adapter_dtype=False)
-    model.peft_config["default"].base_model_name_or_path = base_name
-    for parameter in model.parameters():
+    adapted = peft.get_peft_model(model, config, autocast_adapter_dtype=False)
+    assert isinstance(adapted, peft.PeftModel)
+    adapted.peft_config["default"].base_model_name_or_path = base_name
+    for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(torch_dtype(lora.adapter_dtype))
-    return model
+    return adapted
 
 
 def _features(module: torch.nn.Module) -> tuple[int, int]:
-    return (module.nx, module.nf) if isinstance(module, Conv1D) else (module.in_features, module.out_features)
+    """In and out."""
+    if isinstance(module, Conv1D):
+        return module.nx, module.nf
+    assert isinstance(module, torch.nn.Linear)
+    return module.in_features, module.out_features
 
 
 def save_adapter(model: peft.PeftModel, folder: Path) -> None:
@@ -127,7 +134,9 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> peft.PeftModel:
     try:
         loaded = peft.PeftModel.from_pretrained(model, str(folder), is_trainable=False, autocast_adapter_dtype=False)
     except (RuntimeError, ValueError, KeyError) as error:
-        raise ModelError(f"{folder}: the adapter does not fit this base ({_first_line(error)}). Was it trained on it?") from None
+        raise ModelError(
+            f"{folder}: the adapter does not fit this base ({_first_line(error)}). Was it trained on it?"
+        ) from None
     bad = [name for name, p in loaded.named_parameters() if "lora_" in name and not torch.isfinite(p).all()]
     if bad:
         raise ModelError(f"{folder}: NaN or infinite values in {bad[0]} and {len(bad) - 1} more. Train it again.")

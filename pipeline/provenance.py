@@ -42,8 +42,10 @@ def check_provenance(folder: Path, *groups: Any) -> dict[str, Any]:
     ]
     if differences:
         raise ConfigError(
-            f"{folder} was made with other settings:\n" + "\n".join(differences) + f"\nRun `python -m stages.{made['stage']}` "
-            "with the same overrides first and point runtime.inputs_dir at its output folder, or let `dvc exp run -S` do both."
+            f"{folder} was made with other settings:\n"
+            + "\n".join(differences)
+            + f"\nRun `python -m stages.{made['stage']}` "
+            "with the same overrides first and point runtime.inputs_dir at its output folder, or `dvc exp run -S` for both."
         )
     for name, now in package_versions().items():
         then = made["versions"].get(name)

@@ -22,8 +22,14 @@ def select_device(runtime: RuntimeConfig) -> torch.device:
     if runtime.num_threads is not None:
         torch.set_num_threads(runtime.num_threads)
     if runtime.device is Device.cuda and not torch.cuda.is_available():
-        build = f"torch {torch.__version__} is built for CUDA {torch.version.cuda}" if torch.version.cuda else f"torch {torch.__version__} is a CPU build"
-        raise ConfigError(f"runtime.device: cuda, but torch finds no GPU ({build}). Mend the driver or set runtime.device=cpu.")
+        build = (
+            f"torch {torch.__version__} is built for CUDA {torch.version.cuda}"
+            if torch.version.cuda
+            else f"torch {torch.__version__} is a CPU build"
+        )
+        raise ConfigError(
+            f"runtime.device: cuda, but torch finds no GPU ({build}). Mend the driver or set runtime.device=cpu."
+        )
     use_cuda = runtime.device is Device.cuda or (runtime.device is Device.auto and torch.cuda.is_available())
     device = torch.device("cuda" if use_cuda else "cpu")
     name = torch.cuda.get_device_name(device) if use_cuda else f"{torch.get_num_threads()} threads"

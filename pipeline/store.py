@@ -1,6 +1,7 @@
 """Training results by fingerprint, under `.training/<fingerprint>/` of the project: outside DVC's outs and of git.
 
-A result is complete when `result.json` stands there; it is written last. A lock keeps two processes off one fingerprint.
+A result is complete when `result.json` stands there; it is written last. A lock keeps two
+processes off one fingerprint.
 """
 
 import contextlib
@@ -40,7 +41,7 @@ def locked(fingerprint: str) -> Iterator[Path]:
         except BlockingIOError:
             file.seek(0)
             raise TrainingError(
-                f"process {file.read().strip() or '(unknown)'} is training exactly this ({folder}). Wait for it, or end it."
+                f"process {file.read().strip() or '(unknown)'} is training exactly this ({folder}). Wait, or end it."
             ) from None
         file.truncate(0)
         file.write(str(os.getpid()))

@@ -1,8 +1,8 @@
 """The training loop: one page, on accelerate.
 
-The loss of an optimizer step is summed over the supervised tokens of all its micro-batches and divided by their number, so
-that how a step is cut into micro-batches does not change it. The rows of a step follow from seed and step alone, and a checkpoint
-holds everything else, so that a resumed training is the same training.
+The loss of an optimizer step is summed over the supervised tokens of all its micro-batches and divided by their number,
+so that how a step is cut into micro-batches does not change it. The rows of a step follow from seed and step alone, and a
+checkpoint holds everything else, so that a resumed training is the same training.
 """
 
 import dataclasses
@@ -59,7 +59,7 @@ def num_steps(settings: TrainConfig, num_rows: int) -> int:
 
 
 def rows_of_step(num_rows: int, rows_a_step: int, seed: int, step: int) -> list[int]:
-    """The rows of an optimizer step (from 0): consecutive pieces of one seeded permutation an epoch, epochs end to end."""
+    """The rows of optimizer step `step` (from 0): pieces of one seeded permutation an epoch, epochs end to end."""
     first, last = step * rows_a_step, (step + 1) * rows_a_step
     rows: list[int] = []
     for epoch in range(first // num_rows, (last - 1) // num_rows + 1):
@@ -70,7 +70,7 @@ def rows_of_step(num_rows: int, rows_a_step: int, seed: int, step: int) -> list[
 
 
 def micro_batches(split: Split, rows: list[int], size: int, pad_token_id: int) -> Iterator[Batch]:
-    """The step's rows by length, longest first, so that a micro-batch pads little; rows with nothing to predict left out."""
+    """The step's rows by length, longest first, so that little is padded; rows with nothing to predict left out."""
     rows = sorted((r for r in rows if split.num_supervised[r]), key=lambda r: -split.lengths[r])
     for start in range(0, len(rows), size):
         yield collate(split, rows[start : start + size], pad_token_id)
@@ -94,10 +94,17 @@ class Trainer:
         self.accelerator = Accelerator(mixed_precision=PRECISIONS[settings.mixed_precision], cpu=on_cpu)
         self.trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.num_steps = num_steps(settings, len(train_split))
-        self.model, self.optimizer = self.accelerator.prepare(model, make_optimizer(settings, list(self.trainable.values())))
+        self.model, self.optimizer = self.accelerator.prepare(
+            model, make_optimizer(settings, list(self.trainable.values()))
+        )
         self.scheduler = make_scheduler(settings, self.optimizer, self.num_steps)
         self.train_split, self.validation_split = train_split, validation_split.head(settings.eval_max_rows)
-        self.settings, self.pad_token_id, self.on_event, self.progress_bar = settings, pad_token_id, on_event, progress_bar
+        self.settings, self.pad_token_id, self.on_event, self.progress_bar = (
+            settings,
+            pad_token_id,
+            on_event,
+            progress_bar,
+        )
         self.progress = Progress()
         self.best_weights: dict[str, torch.Tensor] = {}
 
@@ -118,7 +125,9 @@ class Trainer:
         self.model.train()
         with (
             _Signals() as signals,
-            tqdm(total=self.num_steps, initial=progress.step, desc="train", unit="step", disable=not self.progress_bar) as bar,
+            tqdm(
+                total=self.num_steps, initial=progress.step, desc="train", unit="step", disable=not self.progress_bar
+            ) as bar,
         ):
             while progress.step < self.num_steps and not progress.stopped_early:
                 self._take_step()
@@ -151,7 +160,7 @@ class Trainer:
         limit = settings.max_grad_norm or math.inf
         grad_norm = float(self.accelerator.clip_grad_norm_(list(self.trainable.values()), limit))
         check_finite(step_loss, grad_norm, progress.step + 1, split, rows)
-        learning_rate = self.scheduler.get_last_lr()[0]
+        learning_rate = float(self.scheduler.get_last_lr()[0])
         self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad()
@@ -186,7 +195,11 @@ class Trainer:
     def _checkpoint(self) -> Checkpoint:
         tensors = {f"now.{name}": p.detach().cpu() for name, p in self.trainable.items()}
         tensors |= {f"best.{name}": tensor for name, tensor in self.best_weights.items()}
-        state = {"optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict(), "rng": _rng_state()}
+        state = {
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "rng": _rng_state(),
+        }
         if self.accelerator.scaler is not None:
             state["scaler"] = self.accelerator.scaler.state_dict()
         return Checkpoint(self.progress.step, tensors, state, dataclasses.asdict(self.progress))

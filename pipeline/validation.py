@@ -127,7 +127,9 @@ def _conflicts(config: Config) -> list[str]:
     if config.train.method is TrainMethod.qlora and not quantized:
         found.append("train.method: qlora with quantization.method none; set train.method=lora, or quantization=nf4")
     if config.data.shape is Shape.text and config.evaluate.generate:
-        found.append("evaluate.generate: true with data.shape text, where there is nothing to answer; set evaluate=loss_only")
+        found.append(
+            "evaluate.generate: true with data.shape text, where there is nothing to answer; set evaluate=loss_only"
+        )
     return found
 
 

@@ -1,7 +1,7 @@
 """Refuse to build from a params.yaml that is not what conf/ composes to.
 
 Consumes: conf/, params.yaml. Produces: reports/check.txt, always the same, which prepare depends on.
-Command: python -m stages.check (run by `dvc repro`; inside a DVC experiment params.yaml holds the experiment's settings).
+Command: python -m stages.check (inside a DVC experiment params.yaml holds the experiment's settings)
 """
 
 import os

@@ -19,7 +19,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that reaches for the Hub 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
-@pytest.fixture()
+@pytest.fixture
 def tiny_llama() -> LlamaForCausalLM:
     """A random Llama of 2 layers, vocabulary 96, widths that bitsandbytes takes; its logits are far from uniform."""
     torch.manual_seed(0)
@@ -31,7 +31,7 @@ def tiny_llama() -> LlamaForCausalLM:
     return LlamaForCausalLM(config).eval()
 
 
-@pytest.fixture()
+@pytest.fixture
 def make_split(tmp_path: Path):
     """make_split([(prompt_length, completion_length), ...], seed=0) -> Split of random tokens."""
 

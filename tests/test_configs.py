@@ -31,7 +31,11 @@ def test_composes_and_validates(file: Path) -> None:
         assert name or compose([], group) is not None
         return
     overrides = [f"{group}={name}", *NEEDS.get(choice, [])]
-    if group == "model" and (CONF / file).read_text(encoding="utf-8").count("hub_id: ") and "hub_id: null" not in (CONF / file).read_text():
+    if (
+        group == "model"
+        and (CONF / file).read_text(encoding="utf-8").count("hub_id: ")
+        and "hub_id: null" not in (CONF / file).read_text()
+    ):
         with pytest.raises(ConfigError, match="does not pin"):
             compose_config(overrides)
         overrides.append(f"model.revision={REVISION}")

@@ -26,7 +26,9 @@ def test_every_block_is_of_a_kind_that_is_run() -> None:
 
 def test_every_path_that_it_names_exists_or_is_made() -> None:
     made = ("models/", "reports/", "metrics/", "outputs/", ".training/", ".venv", "multirun/", "conf/data/support.yaml")
-    names = set(re.findall(r"`((?:conf|docs|assets|params|dvc|models|reports|metrics|outputs|\.training)[\w./-]*)`", README))
+    names = set(
+        re.findall(r"`((?:conf|docs|assets|params|dvc|models|reports|metrics|outputs|\.training)[\w./-]*)`", README)
+    )
     names |= set(re.findall(r"\]\((?!http)([\w./-]+)\)", README))
     assert names
     assert [name for name in sorted(names) if not name.startswith(made) and not (ROOT / name).exists()] == []
@@ -47,7 +49,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
     return project
 
 
-@pytest.mark.slow()
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_everyday_commands_run_one_after_another(project: Project) -> None:
     for command in commands(""):
@@ -55,7 +57,7 @@ def test_everyday_commands_run_one_after_another(project: Project) -> None:
         assert "Traceback" not in output, command
 
 
-@pytest.mark.slow()
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_make_repro(project: Project) -> None:
     assert commands("slow") == ["make repro", "make test"]  # make test: this is it

@@ -52,7 +52,7 @@ class CheckExperiment(SearchPathPlugin):
 
 
 def _check_hand_edit() -> None:
-    """Raises: ConfigError: params.yaml is neither composed, nor committed, nor an experiment's: composing would lose it."""
+    """Raises: ConfigError: params.yaml is neither composed, nor committed, nor an experiment's: it would be lost."""
     if not PARAMS.exists():
         return
     text = PARAMS.read_text(encoding="utf-8")
@@ -64,7 +64,7 @@ def _check_hand_edit() -> None:
         print(f"params.yaml held the settings of a commit or experiment; composing it from conf/ again:\n{found}")
         return
     raise ConfigError(
-        f"params.yaml was edited by hand, and `dvc exp run` would overwrite that with what conf/ composes to:\n{found}\n"
+        f"params.yaml was edited by hand; `dvc exp run` would overwrite that with what conf/ composes to:\n{found}\n"
         "Give the value with -S, or write it into conf/ and run `make params`."
     )
 

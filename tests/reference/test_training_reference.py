@@ -24,7 +24,11 @@ def reference(base: LlamaForCausalLM, split):
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.05)
     width = int(split.lengths.max())
-    ids, mask, labels = torch.zeros(len(ROWS), width, dtype=torch.long), torch.zeros(len(ROWS), width, dtype=torch.long), None
+    ids, mask, labels = (
+        torch.zeros(len(ROWS), width, dtype=torch.long),
+        torch.zeros(len(ROWS), width, dtype=torch.long),
+        None,
+    )
     labels = torch.full((len(ROWS), width), -100)
     for i in ROWS:
         length = int(split.lengths[i])

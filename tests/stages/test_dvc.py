@@ -48,7 +48,9 @@ def metrics(project: Project, name: str) -> dict:
 
 def test_every_stage_leaves_its_metrics(project: Project) -> None:
     evaluate, merge = metrics(project, "evaluate"), metrics(project, "merge")
-    assert evaluate["base"].keys() == evaluate["quantized"].keys() == evaluate["adapter"].keys() == merge["merged"].keys()
+    assert (
+        evaluate["base"].keys() == evaluate["quantized"].keys() == evaluate["adapter"].keys() == merge["merged"].keys()
+    )
     assert merge["mean_kl"] < 1e-6
     assert merge["top1_agreement"] >= 0.9999
     assert metrics(project, "train")["validation_loss"] < metrics(project, "train")["validation_loss_before"]
@@ -100,7 +102,12 @@ def test_a_hand_edit_of_params_is_not_lost(project: Project) -> None:
 
 @pytest.mark.parametrize(
     ("override", "said"),
-    [("lora.rr=8", "did you mean lora.r?"), ("train.learning_rat=1", "train.learning_rate"), ("lora.r=abc", "lora.r"), ("lora.r=0", "at least 1")],
+    [
+        ("lora.rr=8", "did you mean lora.r?"),
+        ("train.learning_rat=1", "train.learning_rate"),
+        ("lora.r=abc", "lora.r"),
+        ("lora.r=0", "at least 1"),
+    ],
 )
 def test_a_typo_stops_at_once(project: Project, override: str, said: str) -> None:
     for command in (f"dvc exp run -S {override}", f"python -m stages.train {override}"):
@@ -143,10 +150,12 @@ def test_a_missing_code_dep_would_be_seen() -> None:
     assert with_code_deps(without) == text != without
 
 
-@pytest.mark.slow()
+@pytest.mark.slow
 def test_a_queued_experiment_trains_in_a_temporary_folder_and_keeps_its_run(project: Project) -> None:
     project.run("dvc exp run --queue -S train.seed=7,8")
-    project.run("dvc queue start && timeout 250 sh -c 'until dvc queue status | grep -q \"No experiment\\|Success\"; do sleep 3; done'")
+    project.run(
+        "dvc queue start && timeout 250 sh -c 'until dvc queue status | grep -q \"No experiment\\|Success\"; do sleep 3; done'"
+    )
     project.run("timeout 250 sh -c 'while dvc queue status | grep -q \"Running\\|Queued\"; do sleep 3; done'")
     shown = json.loads(project.run("dvc exp show --json"))
     text = json.dumps(shown)

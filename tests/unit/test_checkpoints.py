@@ -30,7 +30,9 @@ def test_the_newest_is_read_and_the_number_kept_is_bounded(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("file", ["tensors.safetensors", "state.pt", "state.json", "complete.json"])
 @pytest.mark.parametrize("how", ["torn", "missing", "altered"])
-def test_a_torn_or_altered_one_is_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture, file: str, how: str) -> None:
+def test_a_torn_or_altered_one_is_passed_over(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, file: str, how: str
+) -> None:
     checkpoints = Checkpoints(tmp_path / "c", every_steps=1, num_kept=5)
     for step in (1, 2):
         checkpoints.save(checkpoint(step))
@@ -65,8 +67,13 @@ def test_a_failed_write_leaves_the_last_good_state(tmp_path: Path, monkeypatch: 
     assert [p.name for p in (tmp_path / "c").iterdir()] == ["checkpoint-00000001"]
 
 
-@pytest.mark.parametrize("changes", [{}, {"early_stopping_patience": 2, "learning_rate": 0.3, "eval_steps": 1}, {"gradient_accumulation_steps": 2}])
-def test_resumed_at_any_step_is_the_same_training(tiny_llama: LlamaForCausalLM, make_split, tmp_path: Path, changes: dict) -> None:
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"early_stopping_patience": 2, "learning_rate": 0.3, "eval_steps": 1}, {"gradient_accumulation_steps": 2}],
+)
+def test_resumed_at_any_step_is_the_same_training(
+    tiny_llama: LlamaForCausalLM, make_split, tmp_path: Path, changes: dict
+) -> None:
     every = Checkpoints(tmp_path / "every", every_steps=1, num_kept=100)
     whole, weights, _ = run(tiny_llama, make_split, every, **changes)
     for folder in sorted((tmp_path / "every").iterdir()):

@@ -16,7 +16,7 @@ from pipeline.losses import supervised_logits
 from pipeline.schema import Bias
 
 
-@pytest.fixture()
+@pytest.fixture
 def adapted(tiny_llama: LlamaForCausalLM):
     return attach_lora(tiny_llama, compose_config([]).lora).eval()
 

@@ -18,7 +18,12 @@ MLP = ["down_proj", "gate_proj", "up_proj"]
 
 @pytest.mark.parametrize(
     ("targets", "expected"),
-    [("attention", ATTENTION), ("mlp", MLP), ("all_linear", sorted(ATTENTION + MLP)), (["v_proj", "q_proj"], ["q_proj", "v_proj"])],
+    [
+        ("attention", ATTENTION),
+        ("mlp", MLP),
+        ("all_linear", sorted(ATTENTION + MLP)),
+        (["v_proj", "q_proj"], ["q_proj", "v_proj"]),
+    ],
 )
 def test_named_sets_and_names(tiny_llama: LlamaForCausalLM, targets: str | list[str], expected: list[str]) -> None:
     assert resolve_target_modules(tiny_llama, targets) == expected
@@ -33,7 +38,14 @@ def test_every_name_must_match(tiny_llama: LlamaForCausalLM) -> None:
 def test_the_vision_tower_gets_no_adapter() -> None:
     text = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
             "num_key_value_heads": 1, "head_dim": 16, "sliding_window": 16}  # fmt: skip
-    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    vision = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 28,
+        "patch_size": 14,
+    }
     model = Gemma3ForConditionalGeneration(Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=1))
     adapted = attach_lora(model, compose_config(["lora.r=2"]).lora)
     names = [name for name, _ in adapted.named_parameters() if "lora_" in name]
@@ -47,7 +59,9 @@ def test_a_rank_over_the_width_is_refused(tiny_llama: LlamaForCausalLM) -> None:
 
 
 @pytest.mark.parametrize("overrides", [[], ["lora.use_rslora=true"], ["lora.use_dora=true"], ["lora.bias=lora_only"]])
-def test_saved_and_loaded_gives_the_same_logits(tiny_llama: LlamaForCausalLM, tmp_path: Path, overrides: list[str]) -> None:
+def test_saved_and_loaded_gives_the_same_logits(
+    tiny_llama: LlamaForCausalLM, tmp_path: Path, overrides: list[str]
+) -> None:
     settings = compose_config(["lora.r=4", *overrides]).lora
     state = {k: v.clone() for k, v in tiny_llama.state_dict().items()}
     model = attach_lora(tiny_llama, settings, "assets/base")

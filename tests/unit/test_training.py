@@ -49,7 +49,10 @@ def test_a_step_may_span_epochs() -> None:
 
 
 def test_steps_follow_epochs_unless_given() -> None:
-    assert num_steps(settings(max_steps=None, num_epochs=2.0, micro_batch_size=4, gradient_accumulation_steps=2), 100) == 25
+    assert (
+        num_steps(settings(max_steps=None, num_epochs=2.0, micro_batch_size=4, gradient_accumulation_steps=2), 100)
+        == 25
+    )
     assert num_steps(settings(max_steps=7), 100) == 7
 
 
@@ -75,7 +78,13 @@ def test_validation_does_not_change_the_training(tiny_llama: LlamaForCausalLM, m
 
 
 def test_the_best_weights_are_kept_and_training_stops_early(tiny_llama: LlamaForCausalLM, make_split) -> None:
-    changes = {"max_steps": 40, "eval_steps": 1, "learning_rate": 0.3, "early_stopping_patience": 3, "max_grad_norm": None}
+    changes = {
+        "max_steps": 40,
+        "eval_steps": 1,
+        "learning_rate": 0.3,
+        "early_stopping_patience": 3,
+        "max_grad_norm": None,
+    }
     progress, best, events = run(tiny_llama, make_split, **changes)
     validation = {step: event["validation.loss"] for step, event in events if "validation.loss" in event}
     assert min(validation.values()) == progress.best_loss == validation[progress.best_step]
@@ -99,10 +108,18 @@ def test_nan_stops_with_the_rows(tiny_llama: LlamaForCausalLM, make_split) -> No
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit", "paged_adamw_8bit"])
 @pytest.mark.parametrize("scheduler", ["cosine", "linear", "constant"])
-def test_every_optimizer_and_schedule_learns(tiny_llama: LlamaForCausalLM, make_split, optimizer: str, scheduler: str) -> None:
+def test_every_optimizer_and_schedule_learns(
+    tiny_llama: LlamaForCausalLM, make_split, optimizer: str, scheduler: str
+) -> None:
     chosen = compose_config([f"train.optimizer={optimizer}", f"train.lr_scheduler={scheduler}"]).train
     progress, _, events = run(
-        tiny_llama, make_split, optimizer=chosen.optimizer, lr_scheduler=chosen.lr_scheduler, max_steps=8, eval_steps=8, warmup_ratio=0.25
+        tiny_llama,
+        make_split,
+        optimizer=chosen.optimizer,
+        lr_scheduler=chosen.lr_scheduler,
+        max_steps=8,
+        eval_steps=8,
+        warmup_ratio=0.25,
     )
     rates = [event["train.learning_rate"] for _, event in events if "train.learning_rate" in event]
     assert rates[0] < rates[2]
