@@ -3,8 +3,8 @@
     python -m benchmarks.stages                       # the embedded data and base
     python -m benchmarks.stages train.max_steps=20    # any overrides of the stages
 
-Runs each stage by hand, one after another, in a temporary folder, and prints for each: seconds in all, in imports, in
-the stage's own overhead (what is neither imports nor work), and in its work; peak memory; tokens a second of the training.
+Runs each stage by hand, one after another, in a temporary folder, and prints for each: seconds in all, in imports,
+in the stage's own overhead (what is neither imports nor work), and in its work; peak memory; tokens a second.
 """
 
 import argparse

@@ -1,8 +1,8 @@
 """Checkpoints of a training: written whole or not at all, verified when read.
 
 A checkpoint is a folder `checkpoint-STEP` with `tensors.safetensors` (weights), `state.pt` (optimizer, random number
-generators; read with weights_only) and `state.json` (numbers), and, written last, `complete.json` with a hash of each. It is
-made under another name and renamed, so that a crash or a full disk leaves the ones before as they are.
+generators; read with weights_only) and `state.json` (numbers), and, written last, `complete.json` with a hash of each.
+It is made under another name and renamed, so that a crash or a full disk leaves the ones before as they are.
 """
 
 import logging

@@ -101,7 +101,7 @@ def check_overrides(overrides: Sequence[str], config_name: str = "config") -> No
     axes = [_choices(override) for override in parse_overrides(overrides)]
     first = [choices[0] for choices in axes]
     # each value once, beside the first of every other axis: the product of all axes would take minutes
-    points = {tuple([*first[:i], choice, *first[i + 1 :]]) for i, choices in enumerate(axes) for choice in choices}
+    points = {(*first[:i], choice, *first[i + 1 :]) for i, choices in enumerate(axes) for choice in choices}
     for point in sorted(points or {()}):
         try:
             config = compose(point, config_name)

@@ -50,12 +50,15 @@ def hash_file(path: Path) -> str:
 
 
 def hash_path(path: Path) -> str:
-    """SHA-256 over names and contents of a file or of every file below a folder (dot files left out)."""
+    """SHA-256 of a file, or over names and contents of what a folder holds.
+
+    Left out are dot files and `provenance.json`: how the folder came to be is not what it is.
+    """
     if path.is_file():
         return hash_file(path)
     digest = hashlib.sha256()
     for file in sorted(p for p in path.rglob("*") if p.is_file()):
         name = file.relative_to(path).as_posix()
-        if not any(part.startswith(".") for part in name.split("/")):
+        if file.name != "provenance.json" and not any(part.startswith(".") for part in name.split("/")):
             digest.update(f"{name}\0{hash_file(file)}\n".encode())
     return digest.hexdigest()

@@ -34,7 +34,7 @@ def finetune(
     device: torch.device,
     on_event: OnEvent,
 ) -> tuple[dict[str, Any], list[dict[str, float]]]:
-    """Trains, from the newest checkpoint if any, and saves to `adapter_folder` (PEFT format; with method full the model).
+    """Trains, from the newest checkpoint if any, and saves in `adapter_folder` (PEFT; with method full the model).
 
     Returns:
         The metrics of `metrics/train.json`, and the history: one object a logged event.

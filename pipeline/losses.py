@@ -33,7 +33,7 @@ class Loss:
 def supervised_logits(model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     """float32 logits_SV that predict the supervised tokens, and these tokens, int64 [S].
 
-    Only positions that some row supervises reach the output head (`logits_to_keep`): the logits of prompts are never made.
+    Only positions that some row supervises reach the output head (`logits_to_keep`): prompts get no logits.
     """
     predicts_BT = F.pad(batch.completion_mask[:, 1:], (0, 1))  # position t predicts token t + 1
     positions = predicts_BT.any(dim=0).nonzero().squeeze(1)

@@ -45,7 +45,7 @@ def check_provenance(folder: Path, *groups: Any) -> dict[str, Any]:
             f"{folder} was made with other settings:\n"
             + "\n".join(differences)
             + f"\nRun `python -m stages.{made['stage']}` "
-            "with the same overrides first and point runtime.inputs_dir at its output folder, or `dvc exp run -S` for both."
+            "with the same overrides first and point runtime.inputs_dir at its output folder, or use `dvc exp run -S`."
         )
     for name, now in package_versions().items():
         then = made["versions"].get(name)

@@ -8,10 +8,10 @@ Command: python -m stages.merge merge.dtype=bfloat16
 from pipeline import tracking
 from pipeline.config import stage
 from pipeline.evaluation import evaluate_model
-from pipeline.files import write_json
+from pipeline.files import hash_path, write_json
 from pipeline.merging import MergeInputs, merge_adapter
 from pipeline.modeling import load_model_folder
-from pipeline.provenance import check_provenance
+from pipeline.provenance import check_provenance, write_provenance
 from pipeline.runtime import select_device, torch_dtype
 from pipeline.schema import RunConfig, TrainMethod
 from pipeline.tokenizer import load_tokenizer_folder
@@ -37,6 +37,7 @@ def run(config: RunConfig, workspace: Workspace) -> None:
         name="merged",
         progress=config.runtime.progress,
     )
+    write_provenance(merged, "merge", config.merge, adapter_sha256=hash_path(adapter))
     write_json(workspace.output("metrics/merge.json"), {**metrics, "merged": scores})
     tracking.record_stage("merge", config.runtime, workspace.outputs)
 

@@ -35,9 +35,9 @@ def run(config: RunConfig, workspace: Workspace) -> None:
     data_hash = "".join(hash_path(processed / f"{split}.arrow") for split in ("train", "validation"))
     inputs = training_inputs(config, base_hash, data_hash)
     key = fingerprint(inputs)
-    record = tracking.training_record(config, key, inputs)
-    with store.locked(key) as folder:
-        live = tracking.open_run(record, config.runtime)
+    record = tracking.training_record(config, key, inputs, processed)
+    reports = workspace.output("reports/train/history.jsonl").parent
+    with store.locked(key) as folder, tracking.open_run(record, config.runtime) as live:
         result = store.finished(folder)
         if result is not None:
             logger.info("taken from .training/%s: these settings, data, base and code were trained before", key[:12])
@@ -46,18 +46,18 @@ def run(config: RunConfig, workspace: Workspace) -> None:
             runtime = config.runtime
             checkpoints = Checkpoints(folder / "checkpoints", runtime.checkpoint_steps, runtime.checkpoints_kept)
             metrics, history = finetune(config, processed, quantized, target, checkpoints, device, live.log)
-            write_provenance(target, "train", config.train, config.lora, config.quantization, config.model, config.data)
             result = {"metrics": metrics, "history": history, "inputs": inputs}
             store.finish(folder, result)
             checkpoints.clear()
-        live.close()
-        copy_folder(folder / "adapter", workspace.output(ADAPTER))
+        adapter = workspace.output(ADAPTER)
+        copy_folder(folder / "adapter", adapter)
+        write_provenance(adapter, "train", config.train, config.lora, config.quantization, config.model, config.data)
+        run_id = live.close(system_file=reports / "system.jsonl")
     write_json(workspace.output("metrics/train.json"), {**result["metrics"], "fingerprint": key})
-    reports = workspace.output("reports/train/history.jsonl").parent
     write_jsonl(reports / "history.jsonl", result["history"])
     write_training_tables(result["history"], reports)
     plot_training_curves(result["history"], reports / "curves.png")
-    tracking.write_run(record, live.run_id, workspace.output(RUN))
+    tracking.write_run(record, run_id, workspace.output(RUN))
     tracking.record_stage("train", config.runtime, workspace.outputs)
 
 
