@@ -6,194 +6,32 @@ LAST one is kept out of the training split and may appear in the test split
 only. `{A}` is the party bound by the clause, `{B}` the other party.
 """
 
+from grammar_tools import word_list
+
 # First halves of family and company names. The second tuple is for the test split only.
-NAME_STARTS = tuple(
-    [
-        "Ash",
-        "Black",
-        "Brack",
-        "Bram",
-        "Bright",
-        "Brook",
-        "Cal",
-        "Carr",
-        "Clay",
-        "Copper",
-        "Cross",
-        "Dal",
-        "Dun",
-        "East",
-        "Elder",
-        "Fair",
-        "Fen",
-        "Fern",
-        "Fox",
-        "Glen",
-        "Gold",
-        "Grant",
-        "Green",
-        "Hal",
-        "Har",
-        "Hart",
-        "Hazel",
-        "Heath",
-        "High",
-        "Holm",
-        "Iron",
-        "Kel",
-        "Kings",
-        "Lang",
-        "Lin",
-        "Long",
-        "Lyn",
-        "Mal",
-        "Mar",
-        "Marsh",
-        "Mill",
-        "Moor",
-        "Nor",
-        "North",
-        "Oak",
-        "Pen",
-        "Pine",
-        "Raven",
-        "Red",
-        "Rock",
-        "Rose",
-        "Salt",
-        "Sand",
-        "Shaw",
-        "Silver",
-        "Stan",
-        "Stone",
-        "Strat",
-        "Sum",
-        "Swan",
-        "Thorn",
-        "Tor",
-        "Wal",
-        "West",
-        "White",
-        "Win",
-        "Wood",
-        "Yar",
-    ]
-)
-HELD_OUT_NAME_STARTS = tuple(
-    [
-        "Amber",
-        "Birch",
-        "Cold",
-        "Crag",
-        "Elm",
-        "Grey",
-        "Haw",
-        "Lark",
-        "May",
-        "Old",
-        "Quarr",
-        "Ridge",
-        "Sea",
-        "Storm",
-        "Tam",
-        "Under",
-        "Wild",
-        "Wolf",
-    ]
-)
-NAME_ENDS = tuple(
-    [
-        "bank",
-        "beck",
-        "bourne",
-        "bridge",
-        "burn",
-        "bury",
-        "by",
-        "combe",
-        "cote",
-        "dale",
-        "den",
-        "don",
-        "field",
-        "fold",
-        "ford",
-        "gate",
-        "grove",
-        "ham",
-        "haven",
-        "hill",
-        "holt",
-        "hurst",
-        "land",
-        "leigh",
-        "ley",
-        "mere",
-        "mont",
-        "ness",
-        "port",
-        "shaw",
-        "side",
-        "stead",
-        "stow",
-        "thorpe",
-        "ton",
-        "vale",
-        "way",
-        "well",
-        "wick",
-        "worth",
-    ]
-)
-TRADES = tuple(
-    [
-        "Foods",
-        "Milling",
-        "Logistics",
-        "Textiles",
-        "Energy",
-        "Partners",
-        "Media",
-        "Farms",
-        "Tools",
-        "Shipping",
-        "Software",
-        "Timber",
-        "Motors",
-        "Glass",
-        "Paper",
-        "Trading",
-        "Systems",
-        "Estates",
-        "Ceramics",
-        "Optics",
-    ]
-)
+NAME_STARTS = word_list("""
+    Ash Black Brack Bram Bright Brook Cal Carr Clay Copper Cross Dal Dun East Elder Fair Fen
+    Fern Fox Glen Gold Grant Green Hal Har Hart Hazel Heath High Holm Iron Kel Kings Lang Lin
+    Long Lyn Mal Mar Marsh Mill Moor Nor North Oak Pen Pine Raven Red Rock Rose Salt Sand Shaw
+    Silver Stan Stone Strat Sum Swan Thorn Tor Wal West White Win Wood Yar
+""")
+HELD_OUT_NAME_STARTS = word_list("""
+    Amber Birch Cold Crag Elm Grey Haw Lark May Old Quarr Ridge Sea Storm Tam Under Wild Wolf
+""")
+NAME_ENDS = word_list("""
+    bank beck bourne bridge burn bury by combe cote dale den don field fold ford gate grove ham
+    haven hill holt hurst land leigh ley mere mont ness port shaw side stead stow thorpe ton
+    vale way well wick worth
+""")
+TRADES = word_list("""
+    Foods Milling Logistics Textiles Energy Partners Media Farms Tools Shipping Software Timber
+    Motors Glass Paper Trading Systems Estates Ceramics Optics
+""")
 COMPANY_FORMS = ("Ltd", "LLP", "plc", "Inc", "GmbH", "Group")
-FIRST_NAMES = tuple(
-    [
-        "Ada",
-        "Boris",
-        "Clara",
-        "Dmitri",
-        "Edith",
-        "Farid",
-        "Greta",
-        "Hugo",
-        "Ines",
-        "Jonas",
-        "Karin",
-        "Leo",
-        "Mira",
-        "Nils",
-        "Olga",
-        "Pavel",
-        "Rosa",
-        "Simon",
-        "Tessa",
-        "Viktor",
-    ]
-)
+FIRST_NAMES = word_list("""
+    Ada Boris Clara Dmitri Edith Farid Greta Hugo Ines Jonas Karin Leo Mira Nils Olga Pavel Rosa
+    Simon Tessa Viktor
+""")
 CURRENCIES = (("GBP", "pounds sterling"), ("EUR", "euros"), ("USD", "United States dollars"))
 
 # How the parties are named: after the first three the clause calls them by their

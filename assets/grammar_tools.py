@@ -14,44 +14,23 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-MONTHS = [
-    "January",
-    "February",
-    "March",
-    "April",
-    "May",
-    "June",
-    "July",
-    "August",
-    "September",
-    "October",
-    "November",
-    "December",
-]
 
-_UNITS = [
-    "zero",
-    "one",
-    "two",
-    "three",
-    "four",
-    "five",
-    "six",
-    "seven",
-    "eight",
-    "nine",
-    "ten",
-    "eleven",
-    "twelve",
-    "thirteen",
-    "fourteen",
-    "fifteen",
-    "sixteen",
-    "seventeen",
-    "eighteen",
-    "nineteen",
-]
-_TENS = ["zero", "ten", "twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
+def word_list(text: str) -> tuple[str, ...]:
+    """Returns the words of a text; long lists read better as text."""
+    return tuple(text.split())
+
+
+MONTHS = word_list("""
+    January February March April May June July August September October November December
+""")
+
+_UNITS = word_list("""
+    zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen
+    fifteen sixteen seventeen eighteen nineteen
+""")
+_TENS = word_list("""
+    zero ten twenty thirty forty fifty sixty seventy eighty ninety
+""")
 
 
 class Rng:

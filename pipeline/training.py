@@ -1,8 +1,8 @@
 """The training loop: one page, on accelerate.
 
 The loss of an optimizer step is summed over the supervised tokens of all its micro-batches and divided by their
-number, so that how a step is cut into micro-batches does not change it. The rows of a step follow from seed and step alone, and
-a checkpoint holds everything else, so that a resumed training is the same training.
+number, so that how a step is cut into micro-batches does not change it. The rows of a step follow from seed and step
+alone, and a checkpoint holds everything else, so that a resumed training is the same training.
 """
 
 import dataclasses

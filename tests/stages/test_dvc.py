@@ -31,9 +31,9 @@ def make_small(project: Project) -> None:
     """Few rows, few steps, short answers: seconds a stage."""
     project.edit("conf/train/qlora.yaml", "max_steps: ", "max_steps: 8  # was ")
     project.edit("conf/train/base.yaml", "micro_batch_size: ", "micro_batch_size: 4  # was ")
-    project.edit("conf/evaluate/default.yaml", "max_rows: null", "max_rows: 8")
-    project.edit("conf/evaluate/default.yaml", "max_new_tokens: ", "max_new_tokens: 8  # was ")
     project.edit("conf/evaluate/default.yaml", "general_max_rows: null", "general_max_rows: 8")
+    project.edit("conf/evaluate/default.yaml", "\nmax_rows: null", "\nmax_rows: 8")
+    project.edit("conf/evaluate/default.yaml", "max_new_tokens: ", "max_new_tokens: 8  # was ")
     project.edit("conf/data/base.yaml", "max_rows: null", "max_rows: 400")
     for split in ("validation", "test"):
         path = project.folder / "assets" / "contracts" / f"{split}.jsonl"
