@@ -21,16 +21,16 @@ repro: $(STAMP)  ## rebuild everything that changed, log it, print the results
 	$(RUN) python -m pipeline.summary; exit $$status
 
 test: $(STAMP)  ## the default tests
-	@$(RUN) python -m pytest -q -m "not slow"
+	@$(RUN) python -m pytest -q -n 2 --dist loadscope -m "not slow"
 
 test-all: $(STAMP)  ## all tests, the slow ones too
-	@$(RUN) python -m pytest -q
+	@$(RUN) python -m pytest -q -n 2 --dist loadscope
 
 ui: $(STAMP)  ## the MLflow UI on 127.0.0.1
 	@$(RUN) python -m pipeline.tracking ui
 
 check: $(STAMP)  ## ruff, mypy, fast tests
-	@$(RUN) ruff check . && $(RUN) ruff format --check . && $(RUN) mypy && $(RUN) python -m pytest -q tests/unit
+	@$(RUN) ruff check . && $(RUN) ruff format --check . && $(RUN) mypy && $(RUN) python -m pytest -q -n 2 --dist loadscope tests/unit
 
 params: $(STAMP)  ## write params.yaml from conf/
 	@$(RUN) python -m pipeline.config

@@ -48,14 +48,14 @@ class ClauseMaker:
 
         main = self._wording(shape.wordings)
         summary = shape.plain
-        if shape.exceptions and rng.chance(0.55):
+        if shape.exceptions and rng.chance(0.4):
             meaning, wordings = words.EXCEPTIONS[rng.pick(shape.exceptions)]
             wording = self._wording(wordings)
             main = f"{wording}, {main}" if rng.chance(0.4) else f"{main}, {wording}"
             summary = f"{summary}, {meaning}"
         sentences = [rng.pick(words.OPENERS) + main + "."]
         summary += "."
-        if shape.consequences and rng.chance(0.4):
+        if shape.consequences and rng.chance(0.2):
             meaning, wordings = words.CONSEQUENCES[rng.pick(shape.consequences)]
             sentences.append(self._wording(wordings))
             summary += f" {meaning}"

@@ -11,6 +11,7 @@ import logging
 import resource
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -246,6 +247,8 @@ def _log_times(name: str, imported: float, started: float) -> None:
 
 def _quiet_logs() -> None:
     logging.basicConfig(format="%(message)s", level=logging.INFO, force=True)
+    # peft asks transformers by an old name; nothing that a user could mend
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
     for noisy in ("httpx", "urllib3", "datasets", "alembic", "mlflow.store", "matplotlib"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
 

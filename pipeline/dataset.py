@@ -77,9 +77,12 @@ class Split:
         """uint8 [length], a read-only view."""
         return self._mask[self._offsets[index] : self._offsets[index + 1]]
 
+    def num_prompt_tokens(self, index: int) -> int:
+        return self._table["num_prompt_tokens"][index].as_py()
+
     def prompt_ids(self, index: int) -> np.ndarray:
         """int32 [num_prompt_tokens]: what generation starts from."""
-        return self.input_ids(index)[: self._table["num_prompt_tokens"][index].as_py()]
+        return self.input_ids(index)[: self.num_prompt_tokens(index)]
 
     def row_id(self, index: int) -> str:
         return self._table["row_id"][index].as_py()

@@ -55,6 +55,8 @@ def finetune(
     )
     seed_everything(config.train.seed)  # loading may draw random numbers: the adapter's start must not depend on it
     model, finish = _prepare(base, config, train_split, tokenizer.pad_token_id)
+    names = [str(tokenizer.convert_ids_to_tokens(i)) for i in range(base.get_output_embeddings().weight.shape[0])]
+    untrained_end = guards.warn_if_end_token_is_untrained(base, train_split, names)
     counts = _count(model)
     logger.info(
         "training %s of %s parameters (%.2f %%)", f"{counts[0]:,}", f"{counts[1]:,}", 100 * counts[0] / counts[1]
@@ -66,7 +68,8 @@ def finetune(
     )
     progress = trainer.run(checkpoints)
     finish(adapter_folder)
-    return _metrics(config, progress, counts, device, time.perf_counter() - started, len(train_split)), progress.history
+    metrics = _metrics(config, progress, counts, device, time.perf_counter() - started, len(train_split))
+    return metrics | {"untrained_end_token": untrained_end}, progress.history
 
 
 def _prepare(

@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections import Counter
 
 import torch
 
@@ -94,6 +95,36 @@ def check_finite(loss: float, grad_norm: float, step: int, split: Split, rows: l
         f"step {step}: loss {loss}, gradient norm {grad_norm}. Rows of the batch: {names}. "
         "Lower train.learning_rate, lengthen train.warmup_ratio, or look at these rows."
     )
+
+
+def warn_if_end_token_is_untrained(model: torch.nn.Module, split: Split, names: list[str]) -> bool:
+    """Warns, and returns True, when the frozen output head cannot tell the token that ends answers from others.
+
+    Tokens that pretraining never saw keep equal output weights, hence equal logits whatever an adapter does: such an
+    end token never wins, and no answer ends.
+
+    Args:
+        names: the tokens as text, by id.
+    """
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    answers = [
+        row for row in range(min(len(split), 100)) if split.completion_mask(row)[-1] and split.num_prompt_tokens(row)
+    ]
+    if head is None or not answers or head.weight.requires_grad:
+        return False
+    weight_VH = head.weight.detach().float()
+    end = Counter(int(split.input_ids(row)[-1]) for row in answers).most_common(1)[0][0]
+    distance_V = (weight_VH - weight_VH[end]).norm(dim=1) / weight_VH[end].norm()
+    twins = [i for i in (distance_V < 1e-2).nonzero().flatten().tolist() if i != end]
+    if not twins:
+        return False
+    logger.warning(
+        "answers end with %r, whose output weights equal those of %d other tokens (such as %r): the base never saw it, "
+        "and with a frozen head no adapter can make it win, so answers will not end. Set model.chat_template to one "
+        "that ends answers with a token that the base knows, such as conf/chat_templates/plain_bos_ends.jinja",
+        names[end], len(twins), names[twins[0]],
+    )  # fmt: skip
+    return True
 
 
 def warn_if_flat(losses: list[float], warmup_steps: int, lora: LoraConfig | None, learning_rate: float) -> bool:

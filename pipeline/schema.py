@@ -146,7 +146,7 @@ class ModelConfig:
     revision: Optional[str] = MISSING  # the Hub model's commit, 40 hex digits
     dtype: Dtype = MISSING  # of the weights when the base is not quantized
     attn_implementation: Attention = MISSING
-    chat_template: Optional[str] = MISSING  # a Jinja file; null: the tokenizer's, else the project's
+    chat_template: Optional[str] = MISSING  # conf/chat_templates/NAME.jinja; null: the tokenizer's, else plain.jinja
     trust_remote_code: bool = MISSING
 
 

@@ -11,7 +11,7 @@ from pipeline.model_files import model_folder
 from pipeline.schema import ModelConfig
 
 logger = logging.getLogger(__name__)
-PROJECT_TEMPLATE = Path(__file__).with_name("chat_template.jinja")
+PROJECT_TEMPLATE = Path(__file__).resolve().parent.parent / "conf" / "chat_templates" / "plain.jinja"
 PAD_NAMES = ("<pad>", "[PAD]", "<|pad|>", "<|finetune_right_pad_id|>", "<|padding|>")
 TRIAL = [{"role": "user", "content": "trial question"}, {"role": "assistant", "content": "trial answer"}]
 

@@ -71,6 +71,11 @@ def _model_problems(model: ModelConfig) -> list[str]:
     found = _inside_project("model.path", model.path)
     if model.hub_id is not None:
         found += _pinned("model", model.hub_id, model.revision)
+    if model.chat_template is not None and not model.chat_template.startswith("conf/chat_templates/"):
+        found.append(
+            f"model.chat_template: {model.chat_template!r} is not in conf/chat_templates/, where DVC sees its changes; "
+            "put the file there, and give its path from here"
+        )
     if model.attn_implementation is Attention.flash_attention_2 and model.dtype is Dtype.float32:
         found.append("model.attn_implementation: flash_attention_2 needs model.dtype bfloat16 or float16")
     return found

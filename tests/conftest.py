@@ -17,6 +17,7 @@ REAL = ROOT.parent / "shared" / "real"
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that reaches for the Hub is a mistake
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+torch.set_num_threads(1)  # tiny tensors, and two test processes at once
 
 
 @pytest.fixture
@@ -62,7 +63,7 @@ class Project:
         self.env = {k: v for k, v in os.environ.items() if not k.startswith(("DVC_", "MLFLOW_"))}
         binaries = Path(sys.executable).parent
         self.env |= {
-            "PATH": f"{binaries}:{os.environ['PATH']}", "OMP_NUM_THREADS": "2", "DVC_NO_ANALYTICS": "1",
+            "PATH": f"{binaries}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1", "DVC_NO_ANALYTICS": "1",
             "GIT_AUTHOR_NAME": "test", "GIT_AUTHOR_EMAIL": "test@example.org",
             "GIT_COMMITTER_NAME": "test", "GIT_COMMITTER_EMAIL": "test@example.org",
         }  # fmt: skip

@@ -74,3 +74,19 @@ def test_a_flat_loss_warns_with_alpha_and_learning_rate(caplog: pytest.LogCaptur
         assert guards.warn_if_flat([4.0] * 100, 5, lora, 1e-9)
     assert "lora_alpha=16" in caplog.text
     assert "1e-09" in caplog.text
+
+
+def test_an_end_token_that_the_base_never_saw_is_named(
+    tiny_llama: LlamaForCausalLM, make_split, caplog: pytest.LogCaptureFixture
+) -> None:
+    names = [f"<{i}>" for i in range(96)]
+    split = make_split([(3, 4), (2, 5)])
+    end = int(split.input_ids(0)[-1])
+    tiny_llama.requires_grad_(False)
+    assert not guards.warn_if_end_token_is_untrained(tiny_llama, split.head(1), names)
+    tiny_llama.lm_head.weight.data[40] = tiny_llama.lm_head.weight.data[end] * 1.0001
+    assert guards.warn_if_end_token_is_untrained(tiny_llama, split.head(1), names)
+    assert f"<{end}>" in caplog.text
+    assert "<40>" in caplog.text
+    tiny_llama.lm_head.weight.requires_grad_(True)  # trained with the rest: it can learn to differ
+    assert not guards.warn_if_end_token_is_untrained(tiny_llama, split.head(1), names)

@@ -1,18 +1,17 @@
 """Chat templates of real families, by stand-in: which tokens are supervised, and what generation starts from."""
 
 import itertools
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-import pipeline.templates as templates
 from pipeline.conversations import Conversation, Document, Unusable
 from pipeline.encoding import Encoder
 from pipeline.errors import ConfigError, ModelError
 from pipeline.rows import Reason
 from pipeline.schema import TooLong
 from pipeline.templates import ChatTemplate, check_system_prompt
+from pipeline.tokenizer import PROJECT_TEMPLATE
 from tests.chat_templates import (
     CHATML,
     END,
@@ -26,7 +25,7 @@ from tests.chat_templates import (
     make_tokenizer,
 )  # fmt: skip
 
-PROJECT = (Path(templates.__file__).parent / "chat_template.jinja").read_text(encoding="utf-8")
+PROJECT = PROJECT_TEMPLATE.read_text(encoding="utf-8")
 CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Rome"}}}
 TOOLS = [{"type": "function", "function": {"name": "weather", "description": "d", "parameters": {}}}]
 
