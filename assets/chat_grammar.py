@@ -26,6 +26,7 @@ from general_grammar import (
     word_row,
 )
 from grammar_tools import Rng, capitalise
+from retell_grammar import retell
 
 Message = dict[str, str]
 Pair = tuple[str, str]
@@ -165,21 +166,10 @@ def continue_text(rng: Rng) -> Pair:
     return f"Write this down: {text}", text
 
 
+# Repeated entries are the more frequent ones.
 KINDS = (
-    reading,
-    reading,
-    reading,
-    roles,
-    roles,
-    roles,
-    repeat,
-    look_up,
-    shorten,
-    shorten,
-    reword,
-    reword,
-    form,
-    continue_text,
+    *(retell, retell, retell, retell, retell, retell, retell, retell),
+    *(reading, reading, roles, roles, repeat, repeat, look_up, shorten, reword, form, continue_text),
 )
 SYSTEM_LINES = (
     "You are a helpful assistant.",

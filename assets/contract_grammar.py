@@ -59,8 +59,9 @@ class ClauseMaker:
             meaning, wordings = words.CONSEQUENCES[rng.pick(shape.consequences)]
             sentences.append(self._wording(wordings))
             summary += f" {meaning}"
-        if rng.chance(0.5):
-            sentences.insert(rng.below(len(sentences) + 1), rng.pick(words.DISTRACTORS))
+        if rng.chance(0.25):
+            # Never between the two sentences that belong together.
+            sentences.insert(len(sentences) * rng.below(2), rng.pick(words.DISTRACTORS))
 
         # Slots come before capitals: a sentence may begin with one ("the Supplier shall").
         body = " ".join(capitalise(sentence.format(**legal_slots)) for sentence in sentences)
@@ -100,7 +101,6 @@ class ClauseMaker:
             "other_date": self._date(),
             "period": self._period(shape.units),
             "term": self._period((("years", 2, 9), ("months", 6, 24))),
-            "frequency": self._same(rng.pick(("week", "month", "quarter", "year"))),
             "when": self._when(),
             "thing": self._same(rng.pick(shape.things)),
             "count": Fact(f"{in_words(count)} ({count})" if rng.chance(0.5) else str(count), str(count)),

@@ -1,8 +1,7 @@
 """The kinds of clause: their wordings in legalese and their plain meaning.
 
 As in `contract_words`, the LAST wording of every shape is kept for the test
-split. `{exception}` marks where a shape can take an exception in the middle;
-elsewhere the exception is put at the front or at the end.
+split, `{A}` is the party bound by the clause and `{B}` the other party.
 """
 
 from __future__ import annotations
@@ -152,9 +151,9 @@ SHAPES = {
         roles=(("Licensee", "Licensor"), ("Tenant", "Landlord"), ("Client", "Agency")),
         wordings=(
             "{thing} shall be renewed automatically for successive terms of {term} failing {period} notice from {A} to {B}",
-            "save where {A} gives {B} {period} notice, {thing} shall be extended for a further {term}",
+            "save where {A} gives {B} {period} notice, {thing} shall be extended for {term}",
             "{thing} shall continue for {term} more, it being open to {A} to prevent the same by {period} notice to {B}",
-            "absent {period} notice by {A} to {B}, there shall be a further term of {term} of {thing}",
+            "absent {period} notice by {A} to {B}, there shall be a renewal of {thing} for {term}",
         ),
         plain="{thing} renews for {term} unless {A} gives {B} {period} of notice",
         things=("the lease", "the licence", "the maintenance plan", "the agency", "the hosting plan"),

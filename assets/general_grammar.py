@@ -64,23 +64,30 @@ def item(rng: Rng) -> str:
     return f"{rng.pick(words.ADJECTIVES)} {rng.pick(words.OBJECTS)}"
 
 
-def both_forms(rng: Rng) -> tuple[str, str]:
-    """Returns a formal and a short form of one date, number or amount."""
-    kind = rng.below(4)
-    if kind == 0:
+def both_forms_of(rng: Rng, kind: str) -> tuple[str, str]:
+    """Returns a formal and a short form of one date, period, count or amount."""
+    if kind == "date":
         day, month, year = rng.between(1, 28), rng.pick(MONTHS), rng.between(1900, 2040)
-        formal = rng.pick((f"the {ordinal(day)} day of {month} {year}", f"{month} {day}, {year}"))
-        return formal, f"{day} {month} {year}"
-    if kind == 1:
+        short = f"{day} {month} {year}"
+        return rng.pick((f"the {ordinal(day)} day of {month} {year}", f"{month} {day}, {year}", short)), short
+    if kind == "period":
         number, unit = rng.between(2, 96), rng.pick(words.UNITS)
-        return f"{in_words(number)} ({number}) {unit}", f"{number} {unit}"
-    if kind == 2:
-        number = rng.between(2, 99) * 10
-        return f"{in_words(number)} ({number})", str(number)
+        short = f"{number} {unit}"
+        return rng.pick((f"{in_words(number)} ({number}) {unit}", short)), short
+    if kind == "count":
+        number = rng.between(2, 99) * rng.pick((1, 10))
+        return rng.pick((f"{in_words(number)} ({number})", str(number))), str(number)
     code, name = rng.pick(words.CURRENCIES)
     value = rng.pick((10, 50, 100, 1000)) * rng.between(2, 99)
     short = f"{code} {value:,}"
-    return rng.pick((f"the sum of {in_words(value)} {name} ({short})", f"{short} ({in_words(value)} {name})")), short
+    return rng.pick(
+        (f"the sum of {in_words(value)} {name} ({short})", f"{short} ({in_words(value)} {name})", short)
+    ), short
+
+
+def both_forms(rng: Rng) -> tuple[str, str]:
+    """Returns a formal and a short form of something that can be counted."""
+    return both_forms_of(rng, rng.pick(("date", "period", "count", "amount")))
 
 
 @dataclass(frozen=True)
