@@ -18,6 +18,7 @@ $(STAMP): constraints.txt
 repro: $(STAMP)  ## rebuild everything that changed, log it, print the results
 	@$(RUN) dvc repro; status=$$?; \
 	$(RUN) python -m pipeline.tracking sync; \
+	[ $$status -eq 0 ] || echo "dvc repro failed (see above); figures below may be of an earlier run"; \
 	$(RUN) python -m pipeline.summary; exit $$status
 
 test: $(STAMP)  ## the default tests

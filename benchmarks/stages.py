@@ -25,7 +25,8 @@ def measure(stage: str, overrides: list[str], folder: str, timeout: float) -> di
     """Runs one stage; seconds by kind and peak gigabytes. Exits with the stage's output when it fails."""
     command = [sys.executable, "-m", f"stages.{stage}", f"runtime.output_dir={folder}", f"runtime.inputs_dir={folder}"]
     command += ["runtime.progress=false", *overrides]
-    environment = {**os.environ, "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db"}
+    # DVC_ROOT: a store of training results of its own, or a training done before would be taken from the project's
+    environment = {**os.environ, "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db", "DVC_ROOT": folder}
     started = time.perf_counter()
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout, check=False)
     total = time.perf_counter() - started

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from pipeline.errors import DataError
+from pipeline.errors import DataError, TrainingError
 from pipeline.files import hash_file, read_json, write_json
 
 logger = logging.getLogger(__name__)
@@ -49,7 +50,11 @@ class Checkpoints:
         return step % self.every_steps == 0
 
     def save(self, checkpoint: Checkpoint) -> None:
-        """Writes the checkpoint, then removes the oldest over the number kept."""
+        """Writes the checkpoint, then removes the oldest over the number kept.
+
+        Raises:
+            TrainingError: the disk is full; the checkpoints before are as they were.
+        """
         target = self.folder / f"checkpoint-{checkpoint.step:08d}"
         temporary = self.folder / f".unfinished-{os.getpid()}"
         shutil.rmtree(temporary, ignore_errors=True)
@@ -64,6 +69,13 @@ class Checkpoints:
             shutil.rmtree(target, ignore_errors=True)
             temporary.rename(target)
             _flush(self.folder)
+        except (OSError, SafetensorError, RuntimeError) as error:  # torch says "unexpected pos" of a full disk
+            if "No space left" in str(error) or shutil.disk_usage(self.folder).free < 2**20:
+                raise TrainingError(
+                    f"{self.folder}: the disk is full: the checkpoint of step {checkpoint.step} was not written, those "
+                    "before are kept. Free some space and run the same command: training goes on from there."
+                ) from None
+            raise
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
         for old in self._folders()[: -self.num_kept]:

@@ -19,6 +19,7 @@ from typing import Any
 
 import hydra
 import psutil
+import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
@@ -26,6 +27,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from pipeline.errors import ConfigError, PipelineError
+from pipeline.gates import condition_problems
 from pipeline.schema import RunConfig
 from pipeline.validation import problems
 from pipeline.workspace import Workspace
@@ -71,7 +73,7 @@ def to_settings(config: DictConfig) -> RunConfig:
     except OmegaConfBaseException as error:
         raise ConfigError(_reason(error)) from None
     assert isinstance(settings, RunConfig)
-    found = problems(settings)
+    found = problems(settings) + condition_problems(settings.gate.conditions)
     if found:
         raise ConfigError("these settings cannot be:\n" + "\n".join(f"  {line}" for line in found))
     return settings
@@ -149,7 +151,10 @@ def dump(config: DictConfig) -> str:
 
 def differences(ours: str, theirs: str) -> list[str]:
     """`key: value in params.yaml, value composed` for each key in which two params.yaml texts differ."""
-    left, right = _flat(OmegaConf.create(ours)), _flat(OmegaConf.create(theirs))
+    try:
+        left, right = _flat(OmegaConf.create(ours)), _flat(OmegaConf.create(theirs))
+    except yaml.YAMLError as error:
+        return [f"params.yaml is not YAML: {' '.join(str(error).split())}"]
     missing = "(missing)"
     return [
         f"{key}: {left.get(key, missing)} in params.yaml, {right.get(key, missing)} composed from conf/"
@@ -227,10 +232,10 @@ class clean_errors:
             self._exit(f"{str(error) or 'interrupted.'} Run the same command to go on from there.", 130)
         if isinstance(error, PipelineError):
             self._exit(str(error), 1)
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            self._exit(
-                f"no space left on the disk while writing {error.filename or 'an output'}. Free some, run again.", 1
-            )
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if full or "No space left on device" in str(error):  # safetensors raises an error of its own
+            where = getattr(error, "filename", None) or "an output"
+            self._exit(f"no space left on the disk while writing {where}. Free some, run again.", 1)
 
     def _exit(self, message: str, code: int) -> None:
         print(f"{self.name}: error: {message}", file=sys.stderr)

@@ -15,6 +15,7 @@ from pipeline.dataset import Split, load_split
 from pipeline.errors import TrainingError
 from pipeline.lora import attach_lora, save_adapter
 from pipeline.losses import supervised_logits
+from pipeline.modeling import quiet_transformers
 from pipeline.optimizers import warmup_steps
 from pipeline.quantization import load_training_base
 from pipeline.runtime import seed_everything, use_deterministic_kernels
@@ -40,7 +41,7 @@ def finetune(
         The metrics of `metrics/train.json`, and the history: one object a logged event.
 
     Raises:
-        TrainingError: a guard found that the result must not be kept.
+        TrainingError: a guard found that the result must not be kept; or the GPU has too little memory.
     """
     started = time.perf_counter()
     seed_everything(config.train.seed)
@@ -66,7 +67,13 @@ def finetune(
     trainer = Trainer(
         model, train_split, validation_split, config.train, tokenizer.pad_token_id, on_event, config.runtime.progress
     )
-    progress = trainer.run(checkpoints)
+    try:
+        progress = trainer.run(checkpoints)
+    except torch.OutOfMemoryError as error:
+        raise TrainingError(
+            f"{device}: out of memory ({str(error).splitlines()[0]}). Halve train.micro_batch_size and double "
+            "train.gradient_accumulation_steps (the same result), then set train.gradient_checkpointing=true."
+        ) from None
     finish(adapter_folder)
     metrics = _metrics(config, progress, counts, device, time.perf_counter() - started, len(train_split))
     return metrics | {"untrained_end_token": untrained_end}, progress.history
@@ -84,7 +91,8 @@ def _prepare(
         def finish_full(folder: Path) -> None:
             if guards.parameter_checksums(dict(base.named_parameters())) == start:
                 raise TrainingError("no weight changed in training. Look at train.learning_rate.")
-            base.save_pretrained(str(folder), max_shard_size=config.merge.max_shard_size)
+            with quiet_transformers():
+                base.save_pretrained(str(folder))
 
         return base, finish_full
 
@@ -94,7 +102,7 @@ def _prepare(
     base.eval()
     with torch.no_grad():
         before, _ = supervised_logits(base, batch)
-    model = attach_lora(base, config.lora, _portable_name(config)).eval()
+    model = attach_lora(base, config.lora, _portable_name(config), _revision(config)).eval()
     guards.check_only_adapter_trains(model, config.lora.bias)
     guards.check_same_logits(before, model, batch)
     checksums = guards.parameter_checksums(guards.frozen_parameters(model))
@@ -111,6 +119,10 @@ def _portable_name(config: RunConfig) -> str:
     """The Hub id, or the folder as given inside the project, or its name: never a path of this machine."""
     path = Path(config.model.path)
     return config.model.hub_id or (path.name if path.is_absolute() else path.as_posix())
+
+
+def _revision(config: RunConfig) -> str | None:
+    return config.model.revision if config.model.hub_id is not None else None
 
 
 def _count(model: torch.nn.Module) -> tuple[int, int]:

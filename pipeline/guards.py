@@ -112,9 +112,11 @@ def warn_if_end_token_is_untrained(model: torch.nn.Module, split: Split, names: 
     ]
     if head is None or not answers or head.weight.requires_grad:
         return False
-    weight_VH = head.weight.detach().float()
+    weight_VH = head.weight.detach()
     end = Counter(int(split.input_ids(row)[-1]) for row in answers).most_common(1)[0][0]
-    distance_V = (weight_VH - weight_VH[end]).norm(dim=1) / weight_VH[end].norm()
+    end_H = weight_VH[end].float()
+    parts = [(part_VH.float() - end_H).norm(dim=1) for part_VH in weight_VH.split(8192)]  # in fp32 a part at a time
+    distance_V = torch.cat(parts) / end_H.norm()
     twins = [i for i in (distance_V < 1e-2).nonzero().flatten().tolist() if i != end]
     if not twins:
         return False

@@ -20,8 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from pipeline.errors import ConfigError, ModelError
 from pipeline.files import write_text
 from pipeline.runtime import torch_dtype
-from pipeline.schema import LoraConfig
-from pipeline.validation import TARGET_SETS
+from pipeline.schema import TARGET_SETS, LoraConfig
 
 _SETS = {"attention": r"attn|attention", "mlp": r"mlp|feed_forward|ffn|experts?\b", "all_linear": ""}
 _NOT_LANGUAGE = r"vision|image|audio|multi_modal_projector"
@@ -65,11 +64,13 @@ def _leaf_names(paths: list[str]) -> list[str]:
     return list(dict.fromkeys(path.rpartition(".")[2] for path in paths))
 
 
-def attach_lora(model: PreTrainedModel, lora: LoraConfig, base_name: str | None = None) -> peft.PeftModel:
+def attach_lora(
+    model: PreTrainedModel, lora: LoraConfig, base_name: str | None = None, base_revision: str | None = None
+) -> peft.PeftModel:
     """The model with a fresh adapter whose parameters alone train.
 
     Args:
-        base_name: what `adapter_config.json` calls the base.
+        base_name: what `adapter_config.json` calls the base; with `base_revision`, its commit on the Hub.
 
     Raises:
         ConfigError: target modules that the model does not have, or a rank over a layer's width.
@@ -96,6 +97,7 @@ def attach_lora(model: PreTrainedModel, lora: LoraConfig, base_name: str | None 
     adapted = peft.get_peft_model(model, config, autocast_adapter_dtype=False)
     assert isinstance(adapted, peft.PeftModel)
     adapted.peft_config["default"].base_model_name_or_path = base_name
+    adapted.peft_config["default"].revision = base_revision
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(torch_dtype(lora.adapter_dtype))

@@ -3,7 +3,7 @@
 import logging
 import re
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -160,7 +160,7 @@ def check_model(model: ModelConfig) -> None:
 
 
 def _hub_shapes(model: ModelConfig, small: Path) -> dict[str, tuple[int, ...]]:
-    if any(small.glob("*.safetensors")):
+    with suppress(ModelError):  # no weights fetched yet, or not all of them
         return tensor_shapes(small)
     from huggingface_hub import get_safetensors_metadata
 

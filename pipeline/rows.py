@@ -138,10 +138,16 @@ def _read_jsonl(file: Any, name: str) -> Iterator[RawRow | BadRow]:
         except UnicodeDecodeError as error:
             detail = f"byte {error.start + 1} of the line is not UTF-8"
             yield BadRow(name, line, Reason.bad_encoding, detail, excerpt(content))
-        except (json.JSONDecodeError, RecursionError) as error:
-            message = getattr(error, "msg", "nested too deeply")
+        except (ValueError, RecursionError) as error:  # ValueError: also a number of thousands of digits
+            message = _why_no_json(error)
             column = getattr(error, "colno", 1)
             yield BadRow(name, line, Reason.bad_json, f"{message} at column {column}", excerpt(content))
+
+
+def _why_no_json(error: Exception) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return error.msg
+    return "nested too deeply" if isinstance(error, RecursionError) else str(error).partition(";")[0]
 
 
 def _read_json(file: Any, name: str) -> Iterator[RawRow | BadRow]:
@@ -165,10 +171,10 @@ def _read_json(file: Any, name: str) -> Iterator[RawRow | BadRow]:
             position = _skip(text, position)
             if text[position : position + 1] not in (",", "]"):
                 raise json.JSONDecodeError("expecting ',' or ']'", text, position)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             where = getattr(error, "lineno", line)
             raise DataError(
-                f"{name}:{where}: not valid JSON ({getattr(error, 'msg', 'nested too deeply')}). After such an error "
+                f"{name}:{where}: not valid JSON ({_why_no_json(error)}). After such an error "
                 "the rest of an array cannot be read: mend it, or write JSON lines (.jsonl), where one costs one row."
             ) from None
         yield _checked(name, line, value)
@@ -185,7 +191,13 @@ def _read_csv(file: Any, name: str) -> Iterator[RawRow | BadRow]:
     csv.field_size_limit(2**31 - 1)
     text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
     reader = csv.reader(text, strict=True)
-    header = next(reader, [])
+    try:
+        header = next(reader, [])
+    except csv.Error as error:
+        raise DataError(f"{name}:1: the line of column names cannot be read ({error}). Mend it.") from None
+    twice = sorted({column for column in header if header.count(column) > 1})
+    if twice:
+        raise DataError(f"{name}:1: names a column twice ({', '.join(twice)}); only one of them could be read.")
     while True:
         line = reader.line_num + 1
         try:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Optional
 
+TARGET_SETS = ("attention", "mlp", "all_linear")  # of `lora.target_modules`
 MISSING: Any = "???"  # OmegaConf's marker for a value that a config file must give
 
 

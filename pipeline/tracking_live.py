@@ -84,7 +84,8 @@ class LiveRun:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if kind is not None and not self._stop.is_set():
-            self.close("FAILED" if issubclass(kind, Exception) else "KILLED")
+            stopped = issubclass(kind, KeyboardInterrupt) or not issubclass(kind, Exception)
+            self.close("KILLED" if stopped else "FAILED")
 
     def _work(self) -> None:
         store = self._try(self._open)

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from pipeline.batching import Batch, collate
 from pipeline.checkpoints import Checkpoint, Checkpoints
 from pipeline.dataset import Split
-from pipeline.errors import Interrupted
+from pipeline.errors import Interrupted, TrainingError
 from pipeline.guards import check_finite
 from pipeline.losses import measure_loss, supervised_loss
 from pipeline.optimizers import make_optimizer, make_scheduler
@@ -112,7 +112,7 @@ class Trainer:
         """Trains to the end, from the newest checkpoint where there is one, and leaves the kept weights in the model.
 
         Raises:
-            TrainingError: NaN or infinite loss or gradient.
+            TrainingError: NaN or infinite loss or gradient, in training or validation.
             Interrupted: SIGTERM or Ctrl-C; a checkpoint was written.
         """
         newest = checkpoints.latest() if checkpoints else None
@@ -159,6 +159,8 @@ class Trainer:
             step_loss += loss.item() / num_tokens
         limit = settings.max_grad_norm or math.inf
         grad_norm = float(self.accelerator.clip_grad_norm_(list(self.trainable.values()), limit))
+        if self._overflowed(step_loss, grad_norm):
+            grad_norm = 0.0  # of the update that is made: none
         check_finite(step_loss, grad_norm, progress.step + 1, split, rows)
         learning_rate = float(self.scheduler.get_last_lr()[0])
         self.optimizer.step()
@@ -171,11 +173,30 @@ class Trainer:
         progress.losses.append(step_loss)
         self._record({"train.loss": step_loss, "train.learning_rate": learning_rate, "train.grad_norm": grad_norm})
 
+    def _overflowed(self, step_loss: float, grad_norm: float) -> bool:
+        """Whether float16 gradients overflow at the loss scale, which is high at first.
+
+        The scaler leaves such a step out and halves its scale until they fit.
+        """
+        scaler = self.accelerator.scaler
+        if scaler is None or not math.isfinite(step_loss) or math.isfinite(grad_norm) or scaler.get_scale() <= 1:
+            return False
+        logger.info(
+            "step %d: no update, float16 overflows at loss scale %g", self.progress.step + 1, scaler.get_scale()
+        )
+        return True
+
     def _validate(self) -> None:
         """Measures, remembers the best, and decides whether to stop early."""
         progress, settings = self.progress, self.settings
         batch_size = 2 * settings.micro_batch_size
         result = measure_loss(self.model, self.validation_split, batch_size, self.pad_token_id, self.progress_bar)
+        if not math.isfinite(result.loss):
+            raise TrainingError(
+                f"step {progress.step}: the validation loss is {result.loss}. At step 0 the base itself overflows: "
+                "look at model.dtype, quantization.compute_dtype, train.mixed_precision (bfloat16 has fp32's range). "
+                "Later: lower train.learning_rate, or lengthen train.warmup_ratio."
+            )
         self._record({"validation.loss": result.loss})
         if result.loss < progress.best_loss:
             progress.best_loss, progress.best_step, progress.validations_since_best = result.loss, progress.step, 0

@@ -4,6 +4,7 @@ import re
 from typing import Any
 
 from pipeline.schema import (
+    TARGET_SETS,
     Attention,
     Config,
     DataConfig,
@@ -12,16 +13,17 @@ from pipeline.schema import (
     ModelConfig,
     QuantizationConfig,
     QuantizationMethod,
+    RunConfig,
+    RuntimeConfig,
     Shape,
     TrainConfig,
     TrainMethod,
 )
 
-TARGET_SETS = ("attention", "mlp", "all_linear")
 BLOCKSIZES = (64, 128, 256, 512, 1024, 2048, 4096)
 
 
-def problems(config: Config) -> list[str]:
+def problems(config: RunConfig) -> list[str]:
     """One line for each problem: `key: value breaks rule; remedy`. Empty when the settings are sound."""
     found = [
         *_data_problems(config.data),
@@ -29,6 +31,7 @@ def problems(config: Config) -> list[str]:
         *_quantization_problems(config.quantization),
         *_lora_problems(config.lora),
         *_train_problems(config.train),
+        *_runtime_problems(config.runtime),
         *_conflicts(config),
     ]
     evaluate, merge = config.evaluate, config.merge
@@ -124,6 +127,11 @@ def _train_problems(train: TrainConfig) -> list[str]:
     if train.mixed_precision is Dtype.float32:
         found.append("train.mixed_precision: float32 is no mixed precision; give bfloat16, float16 or null")
     return found
+
+
+def _runtime_problems(runtime: RuntimeConfig) -> list[str]:
+    keys = ("num_threads", "num_workers", "checkpoint_steps", "checkpoints_kept")
+    return [line for key in keys for line in _at_least(f"runtime.{key}", getattr(runtime, key), 1)]
 
 
 def _conflicts(config: Config) -> list[str]:

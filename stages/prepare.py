@@ -11,7 +11,7 @@ import logging
 
 from pipeline.config import stage
 from pipeline.files import write_json
-from pipeline.modeling import load_tokenizer, max_context
+from pipeline.modeling import check_model, load_tokenizer, max_context
 from pipeline.preparation import Outputs, prepare
 from pipeline.provenance import write_provenance
 from pipeline.schema import RunConfig
@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 def run(config: RunConfig, workspace: Workspace) -> None:
+    check_model(config.model)
     tokenizer = load_tokenizer(config.model)
     outputs = Outputs(
         processed=workspace.output(PROCESSED),

@@ -37,7 +37,7 @@ class CheckExperiment(SearchPathPlugin):
     checked = False
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
-        if CheckExperiment.checked or Path(sys.argv[0]).name != "dvc":
+        if CheckExperiment.checked or not _is_dvc(Path(sys.argv[0])):
             return
         CheckExperiment.checked = True
         from dvc.cli.parser import get_main_parser
@@ -49,6 +49,11 @@ class CheckExperiment(SearchPathPlugin):
             check_overrides([override.removeprefix(f"{PARAMS}:") for override in overrides])
         except ConfigError as error:
             raise InvalidArgumentError(str(error)) from None
+
+
+def _is_dvc(program: Path) -> bool:
+    """Whether this process is `dvc` or `python -m dvc`."""
+    return program.name == "dvc" or (program.name == "__main__.py" and program.parent.name == "dvc")
 
 
 def _check_hand_edit() -> None:

@@ -6,9 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from pipeline.config import compose_config
 from pipeline.dataset import load_split
+from pipeline.errors import ModelError
 from pipeline.workspace import Workspace
 from stages.prepare import run
 from tests.chat_templates import TEMPLATES, make_tokenizer
@@ -22,9 +24,11 @@ def project(tmp_path: Path) -> list[str]:
     """Overrides that name a tiny data set and a base with a tokenizer."""
     base, data = tmp_path / "base", tmp_path / "data"
     make_tokenizer(TEMPLATES["qwen3"], "qwen3").save_pretrained(base)
-    (base / "config.json").write_text(
-        json.dumps({"model_type": "llama", "max_position_embeddings": 256, "vocab_size": 300})
-    )
+    config = LlamaConfig(
+        vocab_size=300, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
+        max_position_embeddings=256,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(base)
     data.mkdir()
     rows = [{"question": f"Question {i}", "answer": f"Answer {i}"} for i in range(60)]
     (data / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + "{broken\n")
@@ -49,6 +53,21 @@ def test_the_stage_writes_what_it_declares(project, tmp_path):
     assert metrics["quarantined"]["bad_json"] == 1
     provenance = json.loads((tmp_path / "out/data/processed/provenance.json").read_text())
     assert set(provenance["settings"]) == {"data", "model"}
+
+
+def test_a_base_that_cannot_be_used_is_refused_before_the_data_is_read(project, tmp_path):
+    weights = tmp_path / "base" / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.unlink()
+    with pytest.raises(ModelError, match="holds no weights"):
+        run(compose_config(project), Workspace(tmp_path, tmp_path / "out"))
+    weights.write_bytes(whole)
+    config = json.loads((tmp_path / "base/config.json").read_text())
+    small = LlamaForCausalLM(LlamaConfig(**{**config, "vocab_size": 100}))
+    small.save_pretrained(tmp_path / "base")
+    with pytest.raises(ModelError, match="the model embeddings for 100"):
+        run(compose_config(project), Workspace(tmp_path, tmp_path / "out"))
+    assert not (tmp_path / "out/data/processed").exists()
 
 
 def test_a_mistake_gives_one_message_and_exit_code_1(project, tmp_path):

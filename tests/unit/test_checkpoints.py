@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from transformers import LlamaForCausalLM
 
 from pipeline.checkpoints import Checkpoint, Checkpoints
+from pipeline.errors import TrainingError
 from tests.unit.test_training import run
 
 
@@ -51,15 +53,24 @@ def test_a_torn_or_altered_one_is_passed_over(
     assert "checkpoint-00000002" in caplog.text
 
 
-def test_a_failed_write_leaves_the_last_good_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("where", "error"),
+    [
+        ("torch.save", OSError(28, "No space left on device")),
+        ("pipeline.checkpoints.save_file", SafetensorError("I/O error: No space left on device (os error 28)")),
+    ],
+)
+def test_a_full_disk_leaves_the_last_good_state(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, error: Exception
+) -> None:
     checkpoints = Checkpoints(tmp_path / "c", every_steps=1, num_kept=1)
     checkpoints.save(checkpoint(1))
 
     def full_disk(*args: object) -> None:
-        raise OSError(28, "No space left on device")
+        raise error
 
-    monkeypatch.setattr(torch, "save", full_disk)
-    with pytest.raises(OSError, match="No space left"):
+    monkeypatch.setattr(where, full_disk)
+    with pytest.raises(TrainingError, match="the disk is full: the checkpoint of step 2 was not written"):
         checkpoints.save(checkpoint(2))
     newest = checkpoints.latest()
     assert newest is not None

@@ -30,6 +30,9 @@ from tests.conftest import ROOT
         ("quantization=none", "train.method: qlora with quantization.method none"),
         ("data.shape=text", "evaluate=loss_only"),
         ("merge.max_shard_size=big", "5GB"),
+        ("runtime.checkpoint_steps=0", "runtime.checkpoint_steps: 0 must be at least 1"),
+        ("runtime.num_threads=0", "runtime.num_threads: 0 must be at least 1"),
+        ("gate.conditions=[adapter.loss]", "gate.conditions: 'adapter.loss': 0 comparisons"),
     ],
 )
 def test_a_mistake_is_refused_with_the_remedy(override: str, said: str) -> None:
@@ -65,6 +68,7 @@ def test_differences_name_the_keys() -> None:
         "lora.r: 8 in params.yaml, 4 composed from conf/",
         "lora.x: (missing) in params.yaml, 1 composed from conf/",
     ]
+    assert differences("lora: {r: 8\n", "lora: {r: 8}\n")[0].startswith("params.yaml is not YAML: while parsing")
 
 
 def test_every_setting_has_its_value_in_conf_and_none_in_code() -> None:

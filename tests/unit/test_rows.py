@@ -52,6 +52,24 @@ def write(path: Path, rows: list[dict]) -> None:
         plain.unlink()
 
 
+def test_a_number_of_thousands_of_digits_is_a_bad_row(tmp_path):
+    text = json.dumps(ROWS[0]) + '\n{"a": ' + 5000 * "1" + "}\n"
+    (tmp_path / "a.jsonl").write_text(text)
+    good, bad = read(tmp_path / "a.jsonl")
+    assert isinstance(good, RawRow)
+    assert (bad.line, bad.reason) == (2, Reason.bad_json)
+    (tmp_path / "a.json").write_text('[{"a": ' + 5000 * "1" + "}]")
+    with pytest.raises(DataError, match=r"a\.json:1: not valid JSON"):
+        read(tmp_path / "a.json")
+
+
+@pytest.mark.parametrize(("header", "said"), [('"a,b\n1,2\n', "cannot be read"), ("a,b,a\n1,2,3\n", "twice \\(a\\)")])
+def test_a_csv_header_that_cannot_be_right_is_refused(tmp_path, header, said):
+    (tmp_path / "a.csv").write_text(header)
+    with pytest.raises(DataError, match=said):
+        read(tmp_path / "a.csv")
+
+
 @pytest.mark.parametrize("compressed", ["", ".gz"])
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".parquet"])
 def test_every_format_gives_the_same_rows(tmp_path, suffix, compressed):

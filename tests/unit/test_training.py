@@ -5,6 +5,7 @@ import dataclasses
 
 import pytest
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from transformers import LlamaForCausalLM
 
 from pipeline.checkpoints import Checkpoints
@@ -102,8 +103,35 @@ def test_counts_leave_padding_out(tiny_llama: LlamaForCausalLM, make_split) -> N
 def test_nan_stops_with_the_rows(tiny_llama: LlamaForCausalLM, make_split) -> None:
     broken = copy.deepcopy(tiny_llama)
     broken.model.layers[0].self_attn.q_proj.weight.data[0, 0] = float("nan")
-    with pytest.raises(TrainingError, match="made:"):
+    with pytest.raises(TrainingError, match=r"step 0: the validation loss is nan"):
         run(broken, make_split)
+    with pytest.raises(TrainingError, match="made:"):
+        run(tiny_llama, make_split, learning_rate=1e30, max_grad_norm=None, eval_steps=6)
+
+
+def test_a_float16_overflow_leaves_the_step_out_and_the_training_goes_on(
+    tiny_llama: LlamaForCausalLM, make_split
+) -> None:
+    model = attach_lora(tiny_llama, compose_config(["lora.r=4"]).lora)
+    chosen = settings(
+        max_steps=24,
+        eval_steps=24,
+        mixed_precision=compose_config(["train.mixed_precision=float16"]).train.mixed_precision,
+    )
+    split = make_split(LENGTHS)
+    norms: list[float] = []
+    trainer = Trainer(
+        model, split, split, chosen, 0, lambda _, event: norms.append(event.get("train.grad_norm", 1.0)),
+        progress_bar=False,
+    )  # fmt: skip
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**30)  # accelerate scales on a GPU alone
+    trainer.accelerator.scaler, trainer.accelerator.native_amp = scaler, True
+    trainer.optimizer = AcceleratedOptimizer(trainer.optimizer.optimizer, scaler=scaler)
+    trainer.accelerator._optimizers = [trainer.optimizer]
+    progress = trainer.run()
+    assert norms.count(0.0) > 3
+    assert 1 < scaler.get_scale() < 2.0**30
+    assert progress.losses[-1] < progress.losses[0]
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit", "paged_adamw_8bit"])
