@@ -89,7 +89,7 @@ def _merge_adapter(
     tokenizer = load_tokenizer(inputs.model)
     batches = parity_batches(inputs.processed, merge.parity_num_tokens, tokenizer.pad_token_id)
     if inputs.method is TrainMethod.full:
-        merged, merge_base, judged = _load_full(inputs, device), "none", True
+        merged, merge_base, judged = _load_full(inputs, device), "none", False  # nothing is summed
         base = load_model(inputs.model, device).float()
         from_base = compare(collect_logits(base, batches, "the base", progress), merged, batches, progress)
         del base

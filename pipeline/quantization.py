@@ -197,13 +197,14 @@ def load_training_base(
     device: torch.device,
     keep: KeepQuantized = KeepQuantized.auto,
 ) -> PreTrainedModel:
-    """What the adapter trains on: the quantised base for qlora, the base in `model.dtype` for lora and full.
+    """What trains: the quantised base for qlora, the base in `model.dtype` for lora, in fp32 for full.
 
     Raises:
         ConfigError: qlora without a quantisation.
     """
     if method is not TrainMethod.qlora:
-        return load_model(model, device)
+        # full fine-tuning steps are smaller than bf16 resolves: its weights are fp32, train.mixed_precision is for speed
+        return load_model(model, device, torch.float32 if method is TrainMethod.full else None)
     if quantization.method is QuantizationMethod.none:
         raise ConfigError(
             "train.method: qlora trains on a quantized base, and quantization.method is none. Set "

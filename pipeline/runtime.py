@@ -19,6 +19,8 @@ def select_device(runtime: RuntimeConfig) -> torch.device:
     Raises:
         ConfigError: `cuda` is asked for and torch sees none.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("several processes were launched (WORLD_SIZE > 1), and each would train alone. Start one.")
     if runtime.num_threads is not None:
         torch.set_num_threads(runtime.num_threads)
     if runtime.device is Device.cuda and not torch.cuda.is_available():
