@@ -203,7 +203,7 @@ def load_training_base(
         ConfigError: qlora without a quantisation.
     """
     if method is not TrainMethod.qlora:
-        # full fine-tuning steps are smaller than bf16 resolves: its weights are fp32, train.mixed_precision is for speed
+        # the steps of full fine-tuning are smaller than bf16 resolves; train.mixed_precision is for speed
         return load_model(model, device, torch.float32 if method is TrainMethod.full else None)
     if quantization.method is QuantizationMethod.none:
         raise ConfigError(
