@@ -6,6 +6,7 @@
 import argparse
 import difflib
 import errno
+import gc
 import itertools
 import logging
 import resource
@@ -214,6 +215,7 @@ def stage(body: Body, name: str) -> Callable[[], None]:
             if args.overrides and not (args.help or args.hydra_help):
                 check_overrides(args.overrides, args.config_name or "run")
         entry()
+        gc.freeze()  # else the interpreter walks every module of torch and transformers at exit: 2 s
 
     return main
 
