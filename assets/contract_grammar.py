@@ -22,7 +22,8 @@ class ClauseMaker:
     """Draws clauses for one split.
 
     Attributes:
-        held_out_rows: How many clauses so far used any held-out wording.
+        held_out_wordings: How many clauses so far used any held-out wording.
+        held_out_shapes: How many clauses so far had a held-out exception to their kind.
     """
 
     def __init__(self, rng: Rng, name_starts: Sequence[str], held_out_rate: float) -> None:
@@ -31,13 +32,15 @@ class ClauseMaker:
         Args:
             rng: Source of all choices.
             name_starts: First halves of the party names of this split.
-            held_out_rate: Probability with which each wording is the held-out one.
+            held_out_rate: Probability with which each wording is the held-out one;
+                above 0, held-out exceptions are drawn like the others.
         """
         self._rng = rng
         self._name_starts = name_starts
         self._held_out_rate = held_out_rate
         self._used_held_out = False
-        self.held_out_rows = 0
+        self.held_out_wordings = 0
+        self.held_out_shapes = 0
 
     def make(self) -> dict[str, str]:
         """Returns one row with the keys `instruction`, `input` and `output`."""
@@ -49,7 +52,9 @@ class ClauseMaker:
         main = self._wording(shape.wordings)
         summary = shape.plain
         if shape.exceptions and rng.chance(0.4):
-            meaning, wordings = words.EXCEPTIONS[rng.pick(shape.exceptions)]
+            exception = rng.pick(shape.exceptions if self._held_out_rate else shape.exceptions[:-1])
+            self.held_out_shapes += exception == shape.exceptions[-1]
+            meaning, wordings = words.EXCEPTIONS[exception]
             wording = self._wording(wordings)
             main = f"{wording}, {main}" if rng.chance(0.4) else f"{main}, {wording}"
             summary = f"{summary}, {meaning}"
@@ -65,7 +70,7 @@ class ClauseMaker:
 
         # Slots come before capitals: a sentence may begin with one ("the Supplier shall").
         body = " ".join(capitalise(sentence.format(**legal_slots)) for sentence in sentences)
-        self.held_out_rows += self._used_held_out
+        self.held_out_wordings += self._used_held_out
         return {
             "instruction": rng.pick(words.INSTRUCTIONS),
             "input": legal_slots["introduction"] + body,

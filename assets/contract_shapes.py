@@ -1,7 +1,8 @@
 """The kinds of clause: their wordings in legalese and their plain meaning.
 
 As in `contract_words`, the LAST wording of every shape is kept for the test
-split, `{A}` is the party bound by the clause and `{B}` the other party.
+split, and so is its LAST exception: training shows that exception with other
+kinds of clause only. `{A}` is the party bound by the clause and `{B}` the other.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ class Shape:
         wordings: Legalese templates; the last is held out of training.
         plain: The summary's main sentence, without its full stop.
         things: What `{thing}` can be, worded the same in clause and summary.
-        exceptions: Keys of `contract_words.EXCEPTIONS` that make sense here.
+        exceptions: Keys of `contract_words.EXCEPTIONS` that make sense here; the last is held
+            out of training.
         consequences: Keys of `contract_words.CONSEQUENCES` that make sense here.
         units: Units that `{period}` can have, each with its smallest and largest count.
     """
@@ -145,7 +147,7 @@ SHAPES = {
         ),
         plain="{A} must cover the losses of {B} from {thing}, up to {amount}",
         things=LOSSES,
-        exceptions=("fraud", "breach", "small"),
+        exceptions=("fraud", "small", "breach"),
     ),
     "renewal": Shape(
         roles=(("Licensee", "Licensor"), ("Tenant", "Landlord"), ("Client", "Agency")),

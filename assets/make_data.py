@@ -2,7 +2,7 @@
 
     python assets/make_data.py           # rewrite assets/contracts and assets/general
     python assets/make_data.py --check   # exit 1 unless the files are as generated
-    python assets/make_data.py --stats   # print sizes and the share of held-out wordings
+    python assets/make_data.py --stats   # print sizes and what is held out
 
 Pure Python, seeded, and the same byte for byte on every machine.
 """
@@ -20,7 +20,7 @@ from general_grammar import make_text
 from grammar_tools import Rng
 
 ASSETS = Path(__file__).resolve().parent
-# Split: file name, rows, seed, first halves of names, rate of held-out wordings.
+# Split: file name, rows, seed, first halves of names, rate of held-out wordings (0: no held-out shapes either).
 SPLITS = (
     ("train", 4000, 11, NAME_STARTS, 0.0),
     ("validation", 300, 12, NAME_STARTS, 0.0),
@@ -34,15 +34,15 @@ def to_jsonl(rows: list[dict[str, str]]) -> str:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-def contract_splits() -> tuple[dict[str, list[dict[str, str]]], dict[str, int]]:
+def contract_splits() -> tuple[dict[str, list[dict[str, str]]], dict[str, ClauseMaker]]:
     """Generates the contract splits, no clause occurring twice in or across them.
 
     Returns:
-        The rows by split, and by split how many rows use a held-out wording.
+        The rows by split, and the maker of each, which counted what is held out.
     """
     seen: set[str] = set()
     splits: dict[str, list[dict[str, str]]] = {}
-    held_out: dict[str, int] = {}
+    makers: dict[str, ClauseMaker] = {}
     for name, count, seed, name_starts, rate in SPLITS:
         maker = ClauseMaker(Rng(seed), name_starts, rate)
         rows: list[dict[str, str]] = []
@@ -51,8 +51,8 @@ def contract_splits() -> tuple[dict[str, list[dict[str, str]]], dict[str, int]]:
             if row["input"] not in seen:
                 seen.add(row["input"])
                 rows.append(row)
-        splits[name], held_out[name] = rows, maker.held_out_rows
-    return splits, held_out
+        splits[name], makers[name] = rows, maker
+    return splits, makers
 
 
 def general_rows() -> list[dict[str, str]]:
@@ -69,12 +69,15 @@ def main() -> int:
     mode.add_argument("--stats", action="store_true", help="print figures instead of writing")
     args = parser.parse_args()
 
-    splits, held_out = contract_splits()
+    splits, makers = contract_splits()
     if args.stats:
         for name, rows in splits.items():
-            share = held_out[name] / len(rows)
             letters = sum(len(row["input"]) for row in rows) / len(rows)
-            print(f"{name}: {len(rows)} rows, {letters:.0f} letters a clause, {share:.0%} with held-out wording")
+            wordings, shapes = makers[name].held_out_wordings / len(rows), makers[name].held_out_shapes / len(rows)
+            print(
+                f"{name}: {len(rows)} rows, {letters:.0f} letters a clause, "
+                f"{wordings:.0%} with a held-out wording, {shapes:.0%} of a held-out shape"
+            )
         return 0
 
     files = {f"contracts/{name}.jsonl": to_jsonl(rows) for name, rows in splits.items()}

@@ -1,7 +1,8 @@
-"""Rows to tensors: right-padded micro-batches of rows of similar length."""
+"""Rows to tensors: a micro-batch of rows of similar length, padded on the right or end to end."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,50 +12,78 @@ from pipeline.dataset import Split
 
 @dataclass(frozen=True)
 class Batch:
-    """A micro-batch of B rows, the longest of T tokens.
+    """A micro-batch: B rows of at most T tokens; packed, B is 1 and T the tokens of all rows.
 
     Attributes:
         input_ids: int64 [B, T].
-        attention_mask: int64 [B, T]; 0 = padding.
-        completion_mask: bool [B, T]; True = this token is predicted and counts in the loss (never position 0).
+        completion_mask: bool [B, T]; True = this token is predicted and counts in the loss (never a row's first).
+        attention_mask: int64 [B, T]; 0 = padding. None where packed.
+        position_ids: int64 [1, T], from 0 in every row. None where padded.
+        cu_seq_lens: int32 [rows + 1], where the rows begin and end. None where padded.
+        max_length: tokens of the longest row.
         rows: their indices in the split.
     """
 
     input_ids: torch.Tensor
-    attention_mask: torch.Tensor
     completion_mask: torch.Tensor
-    rows: tuple[int, ...]
+    attention_mask: torch.Tensor | None = None
+    position_ids: torch.Tensor | None = None
+    cu_seq_lens: torch.Tensor | None = None
+    max_length: int = 0
+    rows: tuple[int, ...] = ()
 
     def to(self, device: torch.device) -> "Batch":
         if device.type == "cpu":
             return self
-        ids, attention, completion = (
-            t.to(device, non_blocking=True) for t in (self.input_ids, self.attention_mask, self.completion_mask)
-        )
-        return Batch(ids, attention, completion, self.rows)
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        tensors: dict[str, Any] = {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
+        return replace(self, **{name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()})
 
 
-def collate(split: Split, rows: Sequence[int], pad_token_id: int) -> Batch:
-    """Pads the rows on the right to the longest of them."""
-    shape = (len(rows), int(max(split.lengths[row] for row in rows)))
+def collate(split: Split, rows: Sequence[int], pad_token_id: int, packed: bool = False) -> Batch:
+    """The rows as one micro-batch."""
+    ids = [split.input_ids(row) for row in rows]
+    masks = [split.completion_mask(row) for row in rows]
+    batch = pack_rows(ids, masks) if packed else pad_rows(ids, masks, pad_token_id)
+    return replace(batch, rows=tuple(map(int, rows)))
+
+
+def pad_rows(ids: Sequence[np.ndarray], masks: Sequence[np.ndarray], pad_token_id: int) -> Batch:
+    """Pads on the right to the longest row."""
+    shape = (len(ids), max(map(len, ids)))
     input_ids = np.full(shape, pad_token_id, dtype=np.int64)
     attention_mask = np.zeros(shape, dtype=np.int64)
     completion_mask = np.zeros(shape, dtype=bool)
-    for i, row in enumerate(rows):
-        length = split.lengths[row]
-        input_ids[i, :length] = split.input_ids(row)
-        attention_mask[i, :length] = 1
-        completion_mask[i, 1:length] = split.completion_mask(row)[1:]
+    for i, (row, mask) in enumerate(zip(ids, masks, strict=True)):
+        input_ids[i, : len(row)] = row
+        attention_mask[i, : len(row)] = 1
+        completion_mask[i, 1 : len(row)] = mask[1:]
     return Batch(
         torch.from_numpy(input_ids),
-        torch.from_numpy(attention_mask),
         torch.from_numpy(completion_mask),
-        tuple(map(int, rows)),
+        attention_mask=torch.from_numpy(attention_mask),
+        max_length=shape[1],
     )
 
 
-def batches_by_length(split: Split, batch_size: int, pad_token_id: int) -> Iterator[Batch]:
-    """Every row once, longest first (so that memory runs out at once or not at all)."""
+def pack_rows(ids: Sequence[np.ndarray], masks: Sequence[np.ndarray]) -> Batch:
+    """Lays the rows end to end."""
+    lengths = [len(row) for row in ids]
+    ends = np.concatenate([[0], np.cumsum(lengths)])
+    completion_mask = np.concatenate(masks).astype(bool)
+    completion_mask[ends[:-1]] = False
+    return Batch(
+        torch.from_numpy(np.concatenate(ids).astype(np.int64))[None],
+        torch.from_numpy(completion_mask)[None],
+        position_ids=torch.from_numpy(np.concatenate([np.arange(length) for length in lengths]))[None],
+        cu_seq_lens=torch.from_numpy(ends.astype(np.int32)),
+        max_length=max(lengths),
+    )
+
+
+def batches_by_length(split: Split, batch_size: int, pad_token_id: int, packed: bool = False) -> Iterator[Batch]:
+    """Every row that has a supervised token once, longest first (so that memory runs out at once or not at all)."""
     order = np.argsort(-split.lengths, kind="stable")
+    order = order[split.num_supervised[order] > 0]
     for start in range(0, len(order), batch_size):
-        yield collate(split, order[start : start + batch_size].tolist(), pad_token_id)
+        yield collate(split, order[start : start + batch_size].tolist(), pad_token_id, packed)

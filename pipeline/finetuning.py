@@ -6,10 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel
 
 from pipeline import guards
+from pipeline.batching import collate
 from pipeline.checkpoints import Checkpoints
 from pipeline.dataset import Split, load_split
 from pipeline.errors import TrainingError
@@ -21,7 +23,7 @@ from pipeline.quantization import load_training_base
 from pipeline.runtime import seed_everything, use_deterministic_kernels
 from pipeline.schema import RunConfig, TrainMethod
 from pipeline.tokenizer import load_tokenizer
-from pipeline.training import OnEvent, Progress, Trainer, micro_batches, num_steps, peak_memory_bytes
+from pipeline.training import OnEvent, Progress, Trainer, num_steps, peak_memory_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -62,18 +64,10 @@ def finetune(
     logger.info(
         "training %s of %s parameters (%.2f %%)", f"{counts[0]:,}", f"{counts[1]:,}", 100 * counts[0] / counts[1]
     )
-    if config.train.gradient_checkpointing:
-        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     trainer = Trainer(
         model, train_split, validation_split, config.train, tokenizer.pad_token_id, on_event, config.runtime.progress
     )
-    try:
-        progress = trainer.run(checkpoints)
-    except torch.OutOfMemoryError as error:
-        raise TrainingError(
-            f"{device}: out of memory ({str(error).splitlines()[0]}). Halve train.micro_batch_size and double "
-            "train.gradient_accumulation_steps (the same result), then set train.gradient_checkpointing=true."
-        ) from None
+    progress = trainer.run(checkpoints)
     finish(adapter_folder)
     metrics = _metrics(config, progress, counts, device, time.perf_counter() - started, len(train_split))
     return metrics | {"untrained_end_token": untrained_end}, progress.history
@@ -97,8 +91,8 @@ def _prepare(
         return base, finish_full
 
     base.requires_grad_(False)
-    rows = [int(r) for r in range(len(split)) if split.num_supervised[r]][: config.train.micro_batch_size]
-    batch = next(micro_batches(split, rows, len(rows), pad_token_id)).to(device)
+    rows = np.flatnonzero(split.num_supervised)[:2].tolist()  # two show as much as many, and take less memory
+    batch = collate(split, rows, pad_token_id).to(device)
     base.eval()
     with torch.no_grad():
         before, _ = supervised_logits(base, batch)
@@ -153,6 +147,9 @@ def _metrics(
         "validation_loss": progress.best_loss if config.train.keep == "best" else validation[-1],
         "best_step": progress.best_step,
         "stopped_early": progress.stopped_early,
+        "num_spikes": progress.num_spikes,
+        "micro_batch_size": progress.micro_batch_size,
+        "gradient_checkpointing": progress.gradient_checkpointing,
         "flat_loss": flat,
         "trainable_parameters": counts[0],
         "total_parameters": counts[1],

@@ -1,18 +1,31 @@
 """Cross entropy over supervised tokens, summed; and its measurement on a split.
 
-Shape suffixes: B rows, T tokens, S supervised positions, V vocabulary.
+Logits of a large vocabulary are the largest tensor of a training. Only positions that predict a supervised token reach
+the output head here, and those a chunk at a time, computed once more in the backward pass.
+
+Shape suffixes: B rows, T tokens, K kept positions, S supervised ones, C those of a chunk, X hidden size, V vocabulary.
 """
 
+import logging
 import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from pipeline.batching import Batch, batches_by_length
 from pipeline.dataset import Split
 from pipeline.errors import DataError
+from pipeline.folded_lora import folded_lora
+from pipeline.packing import agree, eval_mode, inner_model, model_inputs, packed_attention, probe_batch
+
+logger = logging.getLogger(__name__)
+CHUNK_ELEMENTS = 2**24  # logits of a chunk: 64 MiB in float32
 
 
 @dataclass(frozen=True)
@@ -30,36 +43,155 @@ class Loss:
         return math.exp(min(self.loss, 700.0))
 
 
-def supervised_logits(model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """float32 logits_SV that predict the supervised tokens, and these tokens, int64 [S].
+@dataclass(frozen=True)
+class ForwardPlan:
+    """How batches go through a model, as `plan_forward` found it.
 
-    Only positions that some row supervises reach the output head (`logits_to_keep`): prompts get no logits.
+    Attributes:
+        packed: rows end to end; else padded to the longest.
+        chunked: logits a chunk of positions at a time; else those of all supervised positions at once.
     """
+
+    packed: bool = False
+    chunked: bool = False
+
+
+@contextmanager
+def plan_forward(model: torch.nn.Module) -> Iterator[ForwardPlan]:
+    """The fastest way by which this model computes the same logits, tried on a few tokens; good while inside."""
+    with folded_lora(model), packed_attention(model) as packed:
+        yield ForwardPlan(packed, _chunks_agree(inner_model(model), packed))
+
+
+def supervised_logits(model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """The model's own logits that predict the supervised tokens, float32 [S, V], and these tokens, int64 [S].
+
+    Prompts get no logits: only positions that some row supervises reach the output head (`logits_to_keep`).
+    """
+    counted_BK, targets_S, positions_K = _supervised(batch)
+    output = model(**model_inputs(batch), logits_to_keep=positions_K)
+    return output.logits[counted_BK].float(), targets_S
+
+
+def _supervised(batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Which of the kept positions count, bool [B, K]; the tokens that these predict, int64 [S]; the kept positions."""
     predicts_BT = F.pad(batch.completion_mask[:, 1:], (0, 1))  # position t predicts token t + 1
-    positions = predicts_BT.any(dim=0).nonzero().squeeze(1)
-    output = model(
-        input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False, logits_to_keep=positions
-    )
-    kept_BK = predicts_BT[:, positions]
-    targets_BK = batch.input_ids[:, positions + 1]
-    return output.logits[kept_BK].float(), targets_BK[kept_BK]
+    positions_K = predicts_BT.any(dim=0).nonzero().squeeze(1)
+    counted_BK = predicts_BT[:, positions_K]
+    return counted_BK, batch.input_ids[:, positions_K + 1][counted_BK], positions_K
 
 
-def supervised_loss(model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, int]:
+def supervised_loss(
+    model: torch.nn.Module, batch: Batch, plan: ForwardPlan = ForwardPlan()
+) -> tuple[torch.Tensor, int]:
     """The summed cross entropy (float32 scalar, nats) over the batch's supervised tokens, and their number.
 
     A sum, not a mean: dividing by the tokens of the whole effective batch is right for unequal completions,
     the mean of micro-batch means is not. One mask makes both numbers.
     """
-    logits_SV, targets_S = supervised_logits(model, batch)
-    return F.cross_entropy(logits_SV, targets_S, reduction="sum"), targets_S.numel()
+    if not plan.chunked:
+        logits_SV, targets_S = supervised_logits(model, batch)
+        return F.cross_entropy(logits_SV, targets_S, reduction="sum"), targets_S.numel()
+    hidden_SX, targets_S, logits_of = _supervised_hidden(model, batch)
+
+    def chunk_loss(hidden_CX: torch.Tensor, targets_C: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(logits_of(hidden_CX), targets_C, reduction="sum")
+
+    size = max(1, CHUNK_ELEMENTS // _output_head(model).weight.shape[0])
+    if len(targets_S) <= size:
+        return chunk_loss(hidden_SX, targets_S), targets_S.numel()
+    chunks = zip(hidden_SX.split(size), targets_S.split(size), strict=True)
+    losses = [checkpoint(chunk_loss, hidden, targets, use_reentrant=False) for hidden, targets in chunks]
+    return torch.stack(losses).sum(), targets_S.numel()
+
+
+def _supervised_hidden(
+    model: torch.nn.Module, batch: Batch
+) -> tuple[torch.Tensor, torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:
+    """What the output head gets for the supervised tokens, [S, X]; these tokens; and hidden states to logits."""
+    counted_BK, targets_S, positions_K = _supervised(batch)
+    head = _output_head(model)
+    with _head_left_out(head) as given:
+        model(**model_inputs(batch), logits_to_keep=positions_K)
+    after = _after_head(inner_model(model).config.get_text_config())
+
+    def logits_of(hidden_CX: torch.Tensor) -> torch.Tensor:
+        if not torch.is_autocast_enabled(hidden_CX.device.type):  # a forward that autocasts by itself ends in bf16
+            hidden_CX = hidden_CX.to(head.weight.dtype)
+        return after(head(hidden_CX)).float()
+
+    return given[0][counted_BK], targets_S, logits_of
+
+
+@contextmanager
+def _head_left_out(head: Any) -> Iterator[list[torch.Tensor]]:
+    """The model's forward ends before its output head; what that would have been given is in the list."""
+    given: list[torch.Tensor] = []
+    own = head.__dict__.get("forward")
+
+    def keep(hidden: torch.Tensor) -> torch.Tensor:
+        given.append(hidden)
+        return hidden[..., :0]
+
+    head.forward = keep
+    try:
+        yield given
+    finally:
+        del head.forward
+        if own is not None:
+            head.forward = own
+
+
+def _output_head(model: torch.nn.Module) -> Any:
+    return inner_model(model).get_output_embeddings()
+
+
+def _after_head(config: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What a few architectures do to the head's product; `_chunks_agree` finds those that do anything else."""
+    cap = getattr(config, "final_logit_softcapping", None)  # Gemma
+    factor = getattr(config, "logit_scale", None) or 1.0  # Cohere
+    factor /= getattr(config, "logits_scaling", None) or 1.0  # Granite
+
+    def after(logits: torch.Tensor) -> torch.Tensor:
+        logits = logits if factor == 1.0 else logits * factor
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    return after
+
+
+@torch.no_grad()
+def _chunks_agree(model: torch.nn.Module, packed: bool) -> bool:
+    if _output_head(model) is None:
+        return False
+    batch = probe_batch(model, packed)
+    try:
+        with eval_mode(model):
+            expected_SV, _ = supervised_logits(model, batch)
+            hidden_SX, _, logits_of = _supervised_hidden(model, batch)
+            same = agree(model, logits_of(hidden_SX), expected_SV)
+    except (TypeError, ValueError, RuntimeError, IndexError) as error:
+        logger.info("output head: %s: %s", type(error).__name__, error)
+        same = False
+    if not same:
+        logger.warning(
+            "logits of all supervised positions are held at once: this model's output head is of its own kind"
+        )
+    return same
 
 
 @torch.no_grad()
 def measure_loss(
-    model: torch.nn.Module, split: Split, batch_size: int, pad_token_id: int, progress: bool = False
+    model: torch.nn.Module,
+    split: Split,
+    batch_size: int,
+    pad_token_id: int,
+    progress: bool = False,
+    plan: ForwardPlan | None = None,
 ) -> Loss:
     """Loss of the model on every row of the split; the model's train or eval mode is put back.
+
+    Args:
+        plan: of a caller that is inside `plan_forward`; None: found here.
 
     Raises:
         DataError: the split has no supervised token.
@@ -67,15 +199,12 @@ def measure_loss(
     if not split.num_supervised.sum():
         raise DataError(f"split {split.name}: no supervised token to measure a loss on. Look at metrics/prepare.json.")
     device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
     total, count = 0.0, 0
-    batches = batches_by_length(split, batch_size, pad_token_id)
-    num_batches = math.ceil(len(split) / batch_size)
-    for batch in tqdm(batches, total=num_batches, desc=f"loss on {split.name}", disable=not progress, leave=False):
-        if batch.completion_mask.any():
-            loss, num_tokens = supervised_loss(model, batch.to(device))
+    with eval_mode(model), plan_forward(model) if plan is None else nullcontext(plan) as plan:
+        batches = batches_by_length(split, batch_size, pad_token_id, plan.packed)
+        num_batches = math.ceil(int((split.num_supervised > 0).sum()) / batch_size)
+        for batch in tqdm(batches, total=num_batches, desc=f"loss on {split.name}", disable=not progress, leave=False):
+            loss, num_tokens = supervised_loss(model, batch.to(device), plan)
             total += loss.item()
             count += num_tokens
-    model.train(was_training)
     return Loss(total / count, count)

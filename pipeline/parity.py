@@ -15,6 +15,7 @@ from pipeline.batching import Batch, collate
 from pipeline.dataset import load_split
 from pipeline.errors import ParityError
 from pipeline.losses import supervised_loss
+from pipeline.packing import model_inputs
 from pipeline.schema import MergeConfig
 
 logger = logging.getLogger(__name__)
@@ -68,7 +69,8 @@ def token_logits(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     """float32 logits_NV at every token that is no padding, in main memory."""
     device = next(model.parameters()).device
     moved = batch.to(device)
-    logits_BTV = model(input_ids=moved.input_ids, attention_mask=moved.attention_mask, use_cache=False).logits
+    logits_BTV = model(**model_inputs(moved)).logits
+    assert moved.attention_mask is not None
     return logits_BTV[moved.attention_mask.bool()].float().cpu()
 
 

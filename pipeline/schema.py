@@ -72,6 +72,14 @@ class Scheduler(StrEnum):
     constant = "constant"
 
 
+class OnSpike(StrEnum):
+    """What happens at a step whose loss or gradient norm is over `train.spike_zscore`; each is counted and logged."""
+
+    log = "log"
+    clip = "clip"  # the gradient is scaled down to the usual norm
+    skip = "skip"  # no update
+
+
 class Keep(StrEnum):
     best = "best"  # the weights with the lowest validation loss
     last = "last"
@@ -189,6 +197,8 @@ class TrainConfig:
     adam_beta2: float = MISSING
     adam_epsilon: float = MISSING
     max_grad_norm: Optional[float] = MISSING  # null: no clipping
+    spike_zscore: Optional[float] = MISSING  # standard deviations over the last 50 steps; null: not looked for
+    on_spike: OnSpike = MISSING
     mixed_precision: Optional[Dtype] = MISSING  # autocast to bfloat16 or float16; null: none
     gradient_checkpointing: bool = MISSING
     eval_steps: int = MISSING  # optimizer steps between validations

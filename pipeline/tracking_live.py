@@ -8,10 +8,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import TypeVar
 
 import psutil
 
@@ -20,18 +19,21 @@ from pipeline.files import write_text
 from pipeline.tracking_push import Changes, check_fingerprint, ensure_run, push_points, push_settings
 from pipeline.tracking_records import Point, Record
 from pipeline.tracking_runs import RunRecord
-from pipeline.tracking_store import Store, open_store, store_uri, unusable
+from pipeline.tracking_store import Store, open_store, store_lock, store_uri, unusable
 
 logger = logging.getLogger(__name__)
 SEND_SECONDS = 1.0
 SAMPLE_SECONDS = 5.0  # MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL overrides
 CLOSE_SECONDS = 15.0
+RETRY_SECONDS = 5.0  # the pause after a failure; doubled by each further one
+MAX_RETRY_SECONDS = 60.0
 _warned: set[str] = set()
-T = TypeVar("T")
 
 
 class LiveRun:
     """The open MLflow run of a training; every method returns at once, whatever the store does.
+
+    While the store fails, points wait, and it is tried again after 5, 10, 20, ... 60 seconds.
 
     Attributes:
         run_id: in the store, known soon after the start; None while or where there is none.
@@ -42,14 +44,21 @@ class LiveRun:
         self._run = run
         self._system_metrics = system_metrics
         self._points: queue.SimpleQueue[Point] = queue.SimpleQueue()
+        self._waiting: list[Point] = []  # taken from the queue, not known to be in the store
+        self._store: Store | None = None
+        self._known: dict[str, set[int]] = {}
+        self._pause = 0.0  # seconds; above 0 while the store fails
+        self._retry_at = 0.0
         self._samples: list[dict[str, float]] = []
         self._stop = threading.Event()
+        self._closed = False
         self._end_status: str | None = None
         self._status = "RUNNING"
         self._training = False  # the first event makes it true: a result taken from the store logs nothing here
         self._thread: threading.Thread | None = None
         if enabled:
             self._started = (run.started_at or time.time() * 1000) / 1000
+            logging.getLogger("urllib3.connectionpool").addFilter(_not_of_tracking)  # it warns of its own retries
             self._thread = threading.Thread(target=self._work, name="tracking", daemon=True)
             self._thread.start()
 
@@ -72,6 +81,7 @@ class LiveRun:
         self._end_status = status
         self._stop.set()
         self._thread.join(CLOSE_SECONDS)
+        self._closed = True
         if system_file is not None and self._samples:
             old = system_file.read_text(encoding="utf-8") if system_file.exists() else ""
             write_text(system_file, old + "".join(json.dumps(sample) + "\n" for sample in list(self._samples)))
@@ -88,8 +98,7 @@ class LiveRun:
             self.close("KILLED" if stopped else "FAILED")
 
     def _work(self) -> None:
-        store = self._try(self._open)
-        known: dict[str, set[int]] = {}
+        self._send()
         interval = float(os.environ.get("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL") or SAMPLE_SECONDS)
         next_sample = time.monotonic() + min(interval, SEND_SECONDS)
         psutil.cpu_percent()  # the first answer is always 0
@@ -100,40 +109,53 @@ class LiveRun:
             if self._training and self._system_metrics and (last or time.monotonic() >= next_sample):
                 next_sample = time.monotonic() + interval
                 points += self._sample()
-            if store is not None and points:
-                store = self._send(store, points, known)
+            self._waiting += points
+            late = last and self._pause > RETRY_SECONDS  # what failed a moment ago is not tried again for a close
+            if late or time.monotonic() >= self._retry_at:
+                self._send(self._end_status)
             if last:
                 break
-        if store is not None and self._end_status is not None:
-            self._try(lambda: store.client.set_terminated(self.run_id, self._end_status))
+
+    def _send(self, end_status: str | None = None) -> None:
+        """Sends what waits, or keeps it for the next attempt: tracking never stops a training."""
+        try:
+            if self._store is None:
+                self._store = self._open()
+            num_sent = self._push(self._store) if self._waiting else 0
+            if end_status is not None:
+                self._store.client.set_terminated(self.run_id, end_status)
+        except Exception as error:  # whatever MLflow or its database raises
+            if not self._pause:
+                warn_once(error, "Training goes on; its record is sent or kept when it ends.")
+            self._store, self._known = None, {}  # some of it may have arrived: the store's own history will tell
+            self._pause = min(self._pause * 2 or RETRY_SECONDS, MAX_RETRY_SECONDS)
+            self._retry_at = time.monotonic() + self._pause
+            return
+        if self._pause:
+            logger.info("tracking is back; %d points were sent", num_sent)
+        self._pause = 0.0
 
     def _open(self) -> Store:
         check_fingerprint(self._run.fingerprint)
         store = open_store()
-        self.run_id, created = ensure_run(store, self._run)
+        created = False
+        if self.run_id is None:  # a run deleted by hand in the meantime is not made again
+            self.run_id, created = ensure_run(store, self._run)
         run = store.client.get_run(self.run_id)
         push_settings(store, run, Record(self._run), Changes(self.run_id, created))
         self._status = run.info.status
         return store
 
-    def _send(self, store: Store, points: list[Point], known: dict[str, set[int]]) -> Store | None:
-        """The store, or None once it has failed."""
-
-        def action() -> int:
+    def _push(self, store: Store) -> int:
+        with store_lock(self._run.fingerprint[:16]):
+            if self._closed:  # a call outlived `close`: by now the stage's record says it all
+                return 0
             if self._status != "RUNNING":  # an earlier attempt failed or was ended; this one goes on
                 store.client.update_run(self.run_id, "RUNNING")
                 self._status = "RUNNING"
-            return push_points(store, self.run_id or "", points, known)
-
-        return None if self._try(action) is None else store
-
-    def _try(self, action: Callable[[], T]) -> T | None:
-        """The action's result, or None after one warning: tracking never stops a training."""
-        try:
-            return action()
-        except Exception as error:  # whatever MLflow or its database raises
-            warn_once(error, "Training goes on; its record is sent or kept when it ends.")
-            return None
+            num_sent = push_points(store, self.run_id or "", self._waiting, self._known)
+        self._waiting = []
+        return num_sent
 
     def _drain(self) -> list[Point]:
         points = []
@@ -186,6 +208,10 @@ def _sample_gpu(device: str) -> dict[str, float]:
         return {}
     values[1] *= 1.048576  # nvidia-smi counts in MiB
     return dict(zip(names.values(), values, strict=True))
+
+
+def _not_of_tracking(record: logging.LogRecord) -> bool:
+    return not (record.threadName or "").startswith("tracking")
 
 
 def warn_once(error: Exception, consequence: str) -> None:

@@ -66,7 +66,8 @@ def ensure_run(store: Store, run: RunRecord) -> tuple[str, bool]:
         tags = {key: _cut(value, MAX_TAG_CHARACTERS) for key, value in run.tags.items()}
         tags["fingerprint"] = run.fingerprint
         started = run.started_at or int(time.time() * 1000)
-        made = store.client.create_run(store.experiment_id, started, tags, run.run_name)
+        with unrepeated():
+            made = store.client.create_run(store.experiment_id, started, tags, run.run_name)
         return made.info.run_id, True
 
 
@@ -217,7 +218,8 @@ def _push_model(store: Store, run: Any, record: Record) -> int:
         chosen = {key: value for key, value in record.run.params.items() if key.startswith(("lora.", "model."))}
         kind = "full model" if record.run.params.get("train.method") == "full" else "LoRA adapter"
         params = {key: _cut(format_value(value), MAX_MODEL_PARAM_CHARACTERS) for key, value in chosen.items()}
-        model = client.create_logged_model(store.experiment_id, MODEL_NAME, run_id, {}, params, kind)
+        with unrepeated():
+            model = client.create_logged_model(store.experiment_id, MODEL_NAME, run_id, {}, params, kind)
     uploaded = 0
     if sum(files.values()) > MAX_UPLOAD_BYTES:
         gigabytes = f"{sum(files.values()) / 2**30:.1f} GiB is over {MAX_UPLOAD_BYTES / 2**30:.0f} GiB"
@@ -251,8 +253,21 @@ def _list_model(client: Any, model_id: str, path: str | None = None) -> Iterator
 def patience(num_bytes: int) -> Iterator[None]:
     """Lets the store's answer to an upload take a second a megabyte longer (it may pass it on to object storage)."""
     name = "MLFLOW_HTTP_REQUEST_TIMEOUT"
+    with _environment(name, str(int(os.environ[name]) + num_bytes // 2**20)):
+        yield
+
+
+@contextlib.contextmanager
+def unrepeated() -> Iterator[None]:
+    """No retry by MLflow of a call that creates: a server that answers too late has done it, and would do it twice."""
+    with _environment("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0"):
+        yield
+
+
+@contextlib.contextmanager
+def _environment(name: str, value: str) -> Iterator[None]:
     before = os.environ[name]
-    os.environ[name] = str(int(before) + num_bytes // 2**20)
+    os.environ[name] = value
     try:
         yield
     finally:

@@ -8,13 +8,11 @@ alone, and a checkpoint holds everything else, so that a resumed training is the
 import dataclasses
 import logging
 import math
-import random
 import resource
-import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -27,12 +25,18 @@ from pipeline.checkpoints import Checkpoint, Checkpoints
 from pipeline.dataset import Split
 from pipeline.errors import Interrupted, TrainingError
 from pipeline.guards import check_finite
-from pipeline.losses import measure_loss, supervised_loss
+from pipeline.losses import ForwardPlan, Loss, measure_loss, plan_forward, supervised_loss
 from pipeline.optimizers import make_optimizer, make_scheduler
-from pipeline.schema import Keep, TrainConfig
+from pipeline.packing import inner_model
+from pipeline.parents import find_starter
+from pipeline.rng import rng_state, set_rng_state, set_torch_rng_state, torch_rng_state
+from pipeline.schema import Keep, OnSpike, TrainConfig
+from pipeline.spikes import SPIKE_WINDOW, highest_zscore
+from pipeline.stopping import StopRequest
 
 logger = logging.getLogger(__name__)
 OnEvent = Callable[[int, dict[str, float]], None]
+T = TypeVar("T")
 PRECISIONS = {None: "no", "bfloat16": "bf16", "float16": "fp16"}
 
 
@@ -40,6 +44,8 @@ PRECISIONS = {None: "no", "bfloat16": "bf16", "float16": "fp16"}
 class Progress:
     """What a training has seen and found so far; JSON holds it all."""
 
+    micro_batch_size: int  # rows a forward: as set, or halved where memory ran out
+    gradient_checkpointing: bool
     step: int = 0
     stopped_early: bool = False
     history: list[dict[str, float]] = field(default_factory=list)
@@ -50,6 +56,8 @@ class Progress:
     best_step: int = 0
     best_loss: float = math.inf
     validations_since_best: int = 0
+    recent: list[tuple[float, float]] = field(default_factory=list)  # loss and gradient norm of steps without a spike
+    num_spikes: int = 0
 
 
 def num_steps(settings: TrainConfig, num_rows: int) -> int:
@@ -69,11 +77,11 @@ def rows_of_step(num_rows: int, rows_a_step: int, seed: int, step: int) -> list[
     return rows
 
 
-def micro_batches(split: Split, rows: list[int], size: int, pad_token_id: int) -> Iterator[Batch]:
+def micro_batches(split: Split, rows: list[int], size: int, pad_token_id: int, packed: bool = False) -> Iterator[Batch]:
     """The step's rows by length, longest first, so that little is padded; rows with nothing to predict left out."""
     rows = sorted((r for r in rows if split.num_supervised[r]), key=lambda r: -split.lengths[r])
     for start in range(0, len(rows), size):
-        yield collate(split, rows[start : start + size], pad_token_id)
+        yield collate(split, rows[start : start + size], pad_token_id, packed)
 
 
 class Trainer:
@@ -105,7 +113,9 @@ class Trainer:
             on_event,
             progress_bar,
         )
-        self.progress = Progress()
+        self.progress = Progress(settings.micro_batch_size, settings.gradient_checkpointing)
+        self.plan = ForwardPlan()
+        self.longest_fitted = 0
         self.best_weights: dict[str, torch.Tensor] = {}
 
     def run(self, checkpoints: Checkpoints | None = None) -> Progress:
@@ -113,37 +123,42 @@ class Trainer:
 
         Raises:
             TrainingError: NaN or infinite loss or gradient, in training or validation.
-            Interrupted: SIGTERM or Ctrl-C; a checkpoint was written.
+            Interrupted: SIGTERM, Ctrl-C or the death of its dvc; a checkpoint was written.
         """
-        newest = checkpoints.latest() if checkpoints else None
-        if newest is not None:
-            self._restore(newest)
-            logger.info("going on after step %d of %d, from its checkpoint", newest.step, self.num_steps)
-        else:
-            self._validate()
-        progress, settings = self.progress, self.settings
-        self.model.train()
-        with (
-            _Signals() as signals,
-            tqdm(
-                total=self.num_steps, initial=progress.step, desc="train", unit="step", disable=not self.progress_bar
-            ) as bar,
-        ):
+        progress, settings, starter = self._start(checkpoints), self.settings, find_starter()
+        bar = tqdm(
+            total=self.num_steps, initial=progress.step, desc="train", unit="step", disable=not self.progress_bar
+        )
+        with StopRequest() as stop, plan_forward(self.model) as self.plan, bar:
+            if progress.step == 0:
+                self._validate()
             while progress.step < self.num_steps and not progress.stopped_early:
                 self._take_step()
                 if progress.step % settings.eval_steps == 0 or progress.step == self.num_steps:
                     self._validate()
+                bar.set_postfix_str(f"loss {progress.losses[-1]:.4f}, best {progress.best_loss:.4f}", refresh=False)
                 bar.update()
-                bar.set_postfix(loss=f"{progress.losses[-1]:.4f}", best_validation=f"{progress.best_loss:.4f}")
-                if checkpoints and (signals.received or checkpoints.due(progress.step)):
+                # asked once a step: a death between two questions would end the training without its checkpoint
+                stopped_by = stop.received or ("the death of its dvc" if starter and starter.gone() else None)
+                if checkpoints and (stopped_by or checkpoints.due(progress.step)):
                     checkpoints.save(self._checkpoint())
-                if signals.received:
-                    raise Interrupted(f"stopped by {signals.received} after step {progress.step} of {self.num_steps}.")
+                if stopped_by:
+                    raise Interrupted(f"stopped by {stopped_by} after step {progress.step} of {self.num_steps}.")
         if progress.stopped_early:
             logger.info("stopped early: no better validation loss since step %d", progress.best_step)
         if settings.keep is Keep.best:
             self._load_weights(self.best_weights)
         return progress
+
+    def _start(self, checkpoints: Checkpoints | None) -> Progress:
+        newest = checkpoints.latest() if checkpoints else None
+        if newest is not None:
+            self._restore(newest)
+            logger.info("going on after step %d of %d, from its checkpoint", newest.step, self.num_steps)
+        if self.progress.gradient_checkpointing:
+            self._checkpoint_activations()
+        self.model.train()
+        return self.progress
 
     def _take_step(self) -> None:
         started = time.perf_counter()
@@ -151,19 +166,16 @@ class Trainer:
         rows_a_step = settings.micro_batch_size * settings.gradient_accumulation_steps
         rows = rows_of_step(len(split), rows_a_step, settings.seed, progress.step)
         num_tokens = int(split.num_supervised[rows].sum())
-        step_loss = 0.0
-        for batch in micro_batches(split, rows, settings.micro_batch_size, self.pad_token_id):
-            with self.accelerator.autocast():
-                loss, _ = supervised_loss(self.model, batch.to(self.accelerator.device))
-            self.accelerator.backward(loss / num_tokens)
-            step_loss += loss.item() / num_tokens
+        step_loss = self._fitting(lambda: self._accumulate(rows, num_tokens))
         limit = settings.max_grad_norm or math.inf
         grad_norm = float(self.accelerator.clip_grad_norm_(list(self.trainable.values()), limit))
+        event = {"train.loss": step_loss, "train.grad_norm": grad_norm}
         if self._overflowed(step_loss, grad_norm):
-            grad_norm = 0.0  # of the update that is made: none
+            event["train.grad_norm"] = grad_norm = 0.0  # of the update that is made: none
         check_finite(step_loss, grad_norm, progress.step + 1, split, rows)
-        learning_rate = float(self.scheduler.get_last_lr()[0])
-        self.optimizer.step()
+        event["train.learning_rate"] = float(self.scheduler.get_last_lr()[0])
+        if self._update_is_wanted(step_loss, grad_norm, event):
+            self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad()
         progress.step += 1
@@ -171,7 +183,86 @@ class Trainer:
         progress.tokens_seen += int(split.lengths[rows].sum())
         progress.supervised_tokens_seen += num_tokens
         progress.losses.append(step_loss)
-        self._record({"train.loss": step_loss, "train.learning_rate": learning_rate, "train.grad_norm": grad_norm})
+        self._record(event)
+
+    def _accumulate(self, rows: list[int], num_tokens: int) -> float:
+        """The step's gradient, summed over its micro-batches; its loss in nats a supervised token."""
+        step_loss = 0.0
+        size = self.progress.micro_batch_size
+        for batch in micro_batches(self.train_split, rows, size, self.pad_token_id, self.plan.packed):
+            with self.accelerator.autocast():
+                loss, _ = supervised_loss(self.model, batch.to(self.accelerator.device), self.plan)
+            self.accelerator.backward(loss / num_tokens)
+            self.longest_fitted = max(self.longest_fitted, batch.max_length)
+            step_loss += loss.item() / num_tokens
+        return step_loss
+
+    def _fitting(self, work: Callable[[], T]) -> T:
+        """The work's result; where memory runs out it is done again from its start in smaller pieces: the same result.
+
+        Raises:
+            TrainingError: one row at a time, with activations recomputed, is still too much.
+        """
+        while True:
+            random_state = torch_rng_state()
+            try:
+                return work()
+            except (torch.OutOfMemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                reason = str(error).strip().splitlines()[0]
+            self._take_less_memory(reason)
+            set_torch_rng_state(random_state)
+
+    def _take_less_memory(self, reason: str) -> None:
+        """Halves the micro-batch, then recomputes activations."""
+        progress = self.progress
+        self.optimizer.zero_grad()
+        if self.accelerator.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if progress.micro_batch_size > 1:
+            progress.micro_batch_size = math.ceil(progress.micro_batch_size / 2)
+            now = f"micro-batches of {progress.micro_batch_size} rows, more of them: the same result"
+        elif not progress.gradient_checkpointing:
+            progress.gradient_checkpointing = True
+            self._checkpoint_activations()
+            now = "activations are recomputed: the same result, slower"
+        else:
+            fits = f"rows of {self.longest_fitted} tokens fitted" if self.longest_fitted else "no row has fitted yet"
+            raise TrainingError(
+                f"{self.accelerator.device}: out of memory at step {progress.step + 1} with one row at a time and "
+                f"activations recomputed ({reason}). The longest row has {int(self.train_split.lengths.max())} tokens; "
+                f"{fits}. Lower data.max_length, or take less for the base (train.method=qlora, "
+                "runtime.keep_quantized=always) or the optimizer (train.optimizer=paged_adamw_8bit)."
+            )
+        logger.warning("out of memory at step %d (%s): %s", progress.step + 1, reason, now)
+        self._record(
+            {
+                "train.micro_batch_size": float(progress.micro_batch_size),
+                "train.gradient_checkpointing": float(progress.gradient_checkpointing),
+            }
+        )
+
+    def _checkpoint_activations(self) -> None:
+        inner_model(self.model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+    def _update_is_wanted(self, step_loss: float, grad_norm: float, event: dict[str, float]) -> bool:
+        """Looks for a spike and does to the gradient what `train.on_spike` says; False: no update."""
+        progress, settings = self.progress, self.settings
+        zscore = highest_zscore((step_loss, grad_norm), progress.recent)
+        if settings.spike_zscore is None or zscore <= settings.spike_zscore:
+            progress.recent = [*progress.recent[1 - SPIKE_WINDOW :], (step_loss, grad_norm)]
+            return True
+        progress.num_spikes += 1
+        event["train.spike_zscore"] = zscore
+        logger.warning(
+            "step %d: spike: loss %.4f, gradient norm %.4g, %.1f deviations over the last %d (train.on_spike: %s)",
+            progress.step + 1, step_loss, grad_norm, zscore, len(progress.recent), settings.on_spike,
+        )  # fmt: skip
+        if settings.on_spike is OnSpike.clip:
+            usual = sum(norm for _, norm in progress.recent) / len(progress.recent)
+            self.accelerator.clip_grad_norm_(list(self.trainable.values()), usual)
+        return settings.on_spike is not OnSpike.skip
 
     def _overflowed(self, step_loss: float, grad_norm: float) -> bool:
         """Whether float16 gradients overflow at the loss scale, which is high at first.
@@ -189,8 +280,7 @@ class Trainer:
     def _validate(self) -> None:
         """Measures, remembers the best, and decides whether to stop early."""
         progress, settings = self.progress, self.settings
-        batch_size = 2 * settings.micro_batch_size
-        result = measure_loss(self.model, self.validation_split, batch_size, self.pad_token_id, self.progress_bar)
+        result = self._fitting(self._measure)
         if not math.isfinite(result.loss):
             raise TrainingError(
                 f"step {progress.step}: the validation loss is {result.loss}. At step 0 the base itself overflows: "
@@ -209,6 +299,13 @@ class Trainer:
             patience is not None and progress.validations_since_best >= patience and progress.step < self.num_steps
         )
 
+    def _measure(self) -> Loss:
+        batch_size = 2 * self.progress.micro_batch_size
+        with self.accelerator.autocast():
+            return measure_loss(
+                self.model, self.validation_split, batch_size, self.pad_token_id, self.progress_bar, self.plan
+            )
+
     def _record(self, event: dict[str, float]) -> None:
         self.progress.history.append({"step": self.progress.step, **event})
         self.on_event(self.progress.step, event)
@@ -219,7 +316,7 @@ class Trainer:
         state = {
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
-            "rng": _rng_state(),
+            "rng": rng_state(),
         }
         if self.accelerator.scaler is not None:
             state["scaler"] = self.accelerator.scaler.state_dict()
@@ -233,7 +330,7 @@ class Trainer:
         self.scheduler.load_state_dict(checkpoint.state["scheduler"])
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(checkpoint.state["scaler"])
-        _set_rng_state(checkpoint.state["rng"])
+        set_rng_state(checkpoint.state["rng"])
         self.progress = Progress(**checkpoint.numbers)
         for event in self.progress.history:
             self.on_event(int(event["step"]), {name: value for name, value in event.items() if name != "step"})
@@ -244,53 +341,9 @@ class Trainer:
             parameter.copy_(weights[name])
 
 
-class _Signals:
-    """Holds SIGTERM and Ctrl-C back until the step is done; a second one acts at once."""
-
-    def __init__(self) -> None:
-        self.received: str | None = None
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> "_Signals":
-        for number in (signal.SIGTERM, signal.SIGINT):
-            try:
-                self._before[number] = signal.signal(number, self._note)
-            except ValueError:  # not in the main thread: whoever started this one handles signals
-                break
-        return self
-
-    def _note(self, number: int, frame: Any) -> None:
-        if self.received:
-            raise KeyboardInterrupt
-        self.received = signal.Signals(number).name
-        logger.info("%s: finishing this step, then a checkpoint; once more to stop at once", self.received)
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-
-def _rng_state() -> dict[str, Any]:
-    version, numbers, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
-    state: dict[str, Any] = {
-        "python": [version, list(numbers), gauss],
-        "numpy": [name, torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, cached],
-        "torch": torch.get_rng_state(),
-    }
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state_all()
-    return state
-
-
-def _set_rng_state(state: dict[str, Any]) -> None:
-    version, numbers, gauss = state["python"]
-    random.setstate((version, tuple(numbers), gauss))
-    name, keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
-    torch.set_rng_state(state["torch"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
+def is_out_of_memory(error: BaseException) -> bool:
+    """On a GPU, or on a CPU where the system refuses (which Linux seldom does: it kills instead)."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -2,6 +2,8 @@
 
 import copy
 import dataclasses
+import shutil
+import statistics
 
 import pytest
 import torch
@@ -12,6 +14,8 @@ from pipeline.checkpoints import Checkpoints
 from pipeline.config import compose_config
 from pipeline.errors import TrainingError
 from pipeline.lora import attach_lora
+from pipeline.schema import OnSpike
+from pipeline.spikes import highest_zscore
 from pipeline.training import Trainer, num_steps, rows_of_step
 
 LENGTHS = [(4, 3), (6, 9), (3, 2), (8, 5), (2, 12), (7, 1), (5, 5), (9, 4)]
@@ -22,12 +26,12 @@ def settings(**changes):
     return dataclasses.replace(compose_config(overrides).train, **changes)
 
 
-def run(base: LlamaForCausalLM, make_split, checkpoints: Checkpoints | None = None, **changes):
+def run(base: LlamaForCausalLM, make_split, checkpoints: Checkpoints | None = None, lengths=LENGTHS, **changes):
     torch.manual_seed(0)
     model = attach_lora(copy.deepcopy(base), compose_config(["lora.r=4"]).lora)
     events: list[tuple[int, dict]] = []
     trainer = Trainer(
-        model, make_split(LENGTHS), make_split(LENGTHS[:4], seed=5, name="validation"), settings(**changes), 0,
+        model, make_split(lengths), make_split(lengths[:4], seed=5, name="validation"), settings(**changes), 0,
         lambda step, event: events.append((step, event)), progress_bar=False,
     )  # fmt: skip
     progress = trainer.run(checkpoints)
@@ -153,3 +157,128 @@ def test_every_optimizer_and_schedule_learns(
     assert rates[0] < rates[2]
     assert (rates[-1] == rates[3]) is (scheduler == "constant")
     assert progress.losses[-1] < progress.losses[0]
+
+
+class LittleMemory:
+    """Stands in for a GPU: a forward over more tokens than fit raises what CUDA raises."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, tokens: int, checkpointing_saves: int = 1):
+        self.tokens, self.checkpointing_saves = tokens, checkpointing_saves
+        forward = LlamaForCausalLM.forward
+
+        def limited(model, *args, **kwargs):
+            room = self.tokens * (self.checkpointing_saves if model.is_gradient_checkpointing else 1)
+            room *= 1 if model.training else 4  # no activations are kept
+            if kwargs["input_ids"].numel() > room:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+            return forward(model, *args, **kwargs)
+
+        monkeypatch.setattr(LlamaForCausalLM, "forward", limited)
+
+
+LONG = [(3 * prompt, 3 * completion) for prompt, completion in LENGTHS]  # 9 to 45 tokens a row
+
+
+@pytest.mark.parametrize(
+    ("tokens", "saves", "size", "checkpointing"), [(95, 1, 2, False), (50, 1, 1, False), (30, 2, 1, True)]
+)
+def test_out_of_memory_cuts_the_step_smaller_and_changes_nothing(
+    tiny_llama: LlamaForCausalLM,
+    make_split,
+    monkeypatch,
+    caplog,
+    tokens: int,
+    saves: int,
+    size: int,
+    checkpointing: bool,
+) -> None:
+    whole, weights, _ = run(tiny_llama, make_split, lengths=LONG)
+    LittleMemory(monkeypatch, tokens, saves)
+    progress, cut, events = run(tiny_llama, make_split, lengths=LONG)
+    assert (progress.micro_batch_size, progress.gradient_checkpointing) == (size, checkpointing)
+    assert progress.losses == pytest.approx(whole.losses, abs=1e-5)
+    for name in weights:
+        torch.testing.assert_close(cut[name], weights[name], rtol=0, atol=1e-5)
+    assert any(event.get("train.micro_batch_size") == size for _, event in events)
+    assert "out of memory at step 1 (CUDA out of memory" in caplog.text
+
+
+def test_a_resumed_training_keeps_to_what_fitted(
+    tiny_llama: LlamaForCausalLM, make_split, monkeypatch, tmp_path, caplog
+) -> None:
+    LittleMemory(monkeypatch, 95)
+    _, whole, _ = run(tiny_llama, make_split, Checkpoints(tmp_path / "c", 2, 1), lengths=LONG)
+    shutil.copytree(tmp_path / "c", tmp_path / "again")
+    caplog.clear()
+    _, resumed, _ = run(tiny_llama, make_split, Checkpoints(tmp_path / "again", 2, 1), lengths=LONG, max_steps=6)
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert "out of memory" not in caplog.text
+
+
+def test_what_can_never_fit_says_what_did(tiny_llama: LlamaForCausalLM, make_split, monkeypatch) -> None:
+    LittleMemory(monkeypatch, 20, 2)
+    with pytest.raises(TrainingError, match=r"one row at a time .*The longest row has 45 tokens; .*data\.max_length"):
+        run(tiny_llama, make_split, lengths=LONG)
+
+
+def test_other_errors_are_not_taken_for_memory(tiny_llama: LlamaForCausalLM, make_split, monkeypatch) -> None:
+    def broken(*args, **kwargs):
+        raise RuntimeError("expected scalar type Float but found Half")
+
+    monkeypatch.setattr("pipeline.training.supervised_loss", broken)
+    with pytest.raises(RuntimeError, match="expected scalar type"):
+        run(tiny_llama, make_split)
+
+
+def test_zscores() -> None:
+    recent = [(1.0 + 0.1 * (i % 5), 2.0 + 0.2 * (i % 3)) for i in range(40)]
+    losses = [loss for loss, _ in recent]
+    expected = (2.5 - statistics.fmean(losses)) / statistics.pstdev(losses)
+    assert highest_zscore((2.5, 2.0), recent) == pytest.approx(expected)
+    assert highest_zscore((1.0, 9.0), recent) > 30
+    assert highest_zscore((1.2, 2.2), recent) < 1.5
+    assert highest_zscore((99.0, 99.0), recent[:19]) == 0.0
+    assert highest_zscore((1.01, 1.0), [(1.0, 1.0)] * 30) < 1  # hardly any deviation makes no spike of little
+
+
+@pytest.mark.parametrize("action", list(OnSpike))
+def test_a_spike_is_logged_clipped_or_skipped(
+    tiny_llama: LlamaForCausalLM, make_split, monkeypatch, caplog, action: OnSpike
+) -> None:
+    accumulate = Trainer._accumulate
+
+    def with_a_spike(trainer: Trainer, *args) -> float:
+        loss = accumulate(trainer, *args)
+        if trainer.progress.step == 30:
+            for parameter in trainer.trainable.values():
+                parameter.grad.mul_(1000.0)
+        return loss
+
+    monkeypatch.setattr(Trainer, "_accumulate", with_a_spike)
+    norms: dict[int, float] = {}
+    is_wanted = Trainer._update_is_wanted
+
+    def watched(trainer: Trainer, *args) -> bool:
+        wanted = is_wanted(trainer, *args)
+        squares = (float(p.grad.square().sum()) for p in trainer.trainable.values())
+        norms[trainer.progress.step + 1] = sum(squares) ** 0.5 * wanted
+        return wanted
+
+    monkeypatch.setattr(Trainer, "_update_is_wanted", watched)
+    progress, _, events = run(
+        tiny_llama, make_split, max_steps=32, eval_steps=32, on_spike=action, max_grad_norm=None, learning_rate=1e-4
+    )
+    assert progress.num_spikes == 1
+    assert [step for step, event in events if "train.spike_zscore" in event] == [31]
+    assert f"train.on_spike: {action}" in caplog.text
+    usual = statistics.fmean(norms[step] for step in range(1, 31))
+    expected = {OnSpike.log: norms[31], OnSpike.clip: usual, OnSpike.skip: 0.0}[action]
+    assert norms[31] == pytest.approx(expected, rel=1e-3)
+    assert (norms[31] > 100 * usual) is (action is OnSpike.log)
+    assert norms[32] > 0
+
+
+def test_without_a_threshold_no_spike_is_looked_for(tiny_llama: LlamaForCausalLM, make_split, monkeypatch) -> None:
+    monkeypatch.setattr("pipeline.training.highest_zscore", lambda *args: 1e9)
+    progress, _, _ = run(tiny_llama, make_split, spike_zscore=None)
+    assert progress.num_spikes == 0

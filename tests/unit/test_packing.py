@@ -1,0 +1,228 @@
+"""Faster ways to the same numbers: packed rows, chunked logits, folded LoRA, attention of short rows."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GraniteConfig, LlamaForCausalLM
+
+import pipeline.losses
+import pipeline.packing
+from pipeline.batching import collate
+from pipeline.config import compose_config
+from pipeline.folded_lora import folded_lora
+from pipeline.lora import attach_lora
+from pipeline.losses import ForwardPlan, plan_forward, supervised_logits, supervised_loss
+from pipeline.packing import model_inputs, packed_attention
+from pipeline.row_attention import LONGEST, row_attention
+from tests.standins import ARCHITECTURES, SIZES, make_model
+
+LENGTHS = [(4, 3), (6, 19), (3, 2), (18, 55), (2, 12), (7, 1)]  # one longer than the sliding windows of the stand-ins
+ROWS = list(range(len(LENGTHS)))
+
+
+def alone(model: torch.nn.Module, split, row: int) -> torch.Tensor:
+    """Logits of the row by itself, through the model's own attention."""
+    return model(**model_inputs(collate(split, [row], 0))).logits[0]
+
+
+def with_adapter(base: torch.nn.Module, *overrides: str):
+    torch.manual_seed(1)
+    model = attach_lora(copy.deepcopy(base), compose_config(["lora.r=4", "lora.lora_dropout=0", *overrides]).lora)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    return model
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES[:-1])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_packed_row_sees_itself_alone(kind: str, attention: str, make_split, tmp_path) -> None:
+    model = make_model(tmp_path / kind, kind)
+    model.set_attn_implementation(attention)
+    split = make_split(LENGTHS)
+    expected = [alone(model, split, row) for row in ROWS]
+    with torch.no_grad(), plan_forward(model) as plan:
+        assert plan == ForwardPlan(packed=attention == "sdpa", chunked=True)
+        batch = collate(split, ROWS, 0, plan.packed)
+        logits = model(**model_inputs(batch)).logits
+    found = logits[0].split([len(row) for row in expected]) if plan.packed else logits
+    for mine, theirs in zip(found, expected, strict=True):
+        largest = max(1.0, float(theirs.detach().abs().max()))
+        torch.testing.assert_close(mine[: len(theirs)] / largest, theirs / largest, rtol=0, atol=1e-5)
+    assert model.config.get_text_config()._attn_implementation == attention
+
+
+def test_a_leak_would_be_seen(tiny_llama: LlamaForCausalLM, make_split, monkeypatch, caplog) -> None:
+    whole = pipeline.packing._attend
+
+    def leak(module, query, key, value, attention_mask, scaling=None, **others):
+        output = whole(query, key, value, 0.0, scaling, None, True)
+        return output.transpose(1, 2), None
+
+    monkeypatch.setitem(pipeline.packing.AttentionInterface._global_mapping, pipeline.packing.NAME, leak)
+    with packed_attention(tiny_llama) as packed:
+        assert not packed
+        assert tiny_llama.config._attn_implementation == "sdpa"
+    assert "rows are padded, which is slower: packed, its logits are not those of the rows alone" in caplog.text
+    split = make_split(LENGTHS)
+    with plan_forward(tiny_llama) as plan, torch.no_grad():
+        loss, _ = supervised_loss(tiny_llama, collate(split, ROWS, 0, plan.packed), plan)
+        expected, _ = supervised_loss(tiny_llama, collate(split, ROWS, 0))
+    assert abs(loss - expected) < 1e-3
+
+
+def test_what_attention_does_not_know_is_left_to_the_model(tiny_llama: LlamaForCausalLM, caplog) -> None:
+    for layer in tiny_llama.model.layers:
+        forward = layer.self_attn.forward
+        layer.self_attn.forward = lambda *args, own=forward, **kwargs: own(*args, softcap=20.0, **kwargs)
+    with pytest.raises(ValueError, match="softcap"), packed_attention(tiny_llama):
+        pass  # torch's attention does not know it either, and says so before anything is packed
+
+
+@pytest.mark.parametrize("chunk_elements", [2**24, 96 * 7])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_loss_and_gradients_are_those_of_padded_rows(
+    tiny_llama: LlamaForCausalLM, make_split, monkeypatch, chunk_elements: int, checkpointing: bool
+) -> None:
+    monkeypatch.setattr(pipeline.losses, "CHUNK_ELEMENTS", chunk_elements)
+    split = make_split(LENGTHS)
+
+    def gradients(fast: bool):
+        model = with_adapter(tiny_llama).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if fast:
+            with plan_forward(model) as plan:
+                assert plan == ForwardPlan(packed=True, chunked=True)
+                loss, count = supervised_loss(model, collate(split, ROWS, 0, packed=True), plan)
+                (loss / count).backward()
+        else:
+            loss, count = supervised_loss(model, collate(split, ROWS, 0))
+            (loss / count).backward()
+        return loss.item() / count, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+    loss, found = gradients(fast=True)
+    expected_loss, expected = gradients(fast=False)
+    assert abs(loss - expected_loss) < 1e-5
+    assert found.keys() == expected.keys()
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=0, atol=1e-5)
+        assert expected[name].abs().max() > 1e-3  # or the tolerance would say nothing
+
+
+def test_no_more_logits_than_a_chunk_are_ever_made(tiny_llama: LlamaForCausalLM, make_split, monkeypatch) -> None:
+    monkeypatch.setattr(pipeline.losses, "CHUNK_ELEMENTS", 96 * 7)
+    sizes: list[int] = []
+    tiny_llama.lm_head.register_forward_hook(lambda _, args, logits: sizes.append(logits.numel() // 96))
+    batch = collate(make_split(LENGTHS), ROWS, 0)
+    loss, count = supervised_loss(tiny_llama, batch, ForwardPlan(chunked=True))
+    assert count == sum(completion for _, completion in LENGTHS)
+    assert sizes[0] == 0  # the model's own call, left out
+    assert max(sizes) == 7
+    assert sum(sizes) == count
+    loss.backward()
+    assert sum(sizes) == 2 * count
+
+
+@pytest.mark.parametrize(
+    ("config", "packs"),
+    [
+        (Gemma2Config(**SIZES, query_pre_attn_scalar=16, final_logit_softcapping=5.0, sliding_window=64), False),
+        (CohereConfig(**SIZES, logit_scale=0.25), True),
+        (GraniteConfig(**{k: v for k, v in SIZES.items() if k != "head_dim"}, logits_scaling=4.0), True),
+    ],
+    ids=["gemma2", "cohere", "granite"],
+)
+def test_what_comes_after_the_output_head_is_known(config, packs: bool, make_split) -> None:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager" if not packs else "sdpa").eval()
+    batch = collate(make_split(LENGTHS), ROWS, 0)
+    with torch.no_grad(), plan_forward(model) as plan:
+        assert plan == ForwardPlan(packed=packs, chunked=True)
+    with torch.no_grad():
+        expected, _ = supervised_loss(model, batch)
+        found, _ = supervised_loss(model, batch, plan)
+        assert abs(found - expected) / expected < 1e-5
+
+
+def test_an_output_head_of_its_own_kind_is_left_to_the_model(tiny_llama: LlamaForCausalLM, make_split, caplog) -> None:
+    forward = tiny_llama.forward
+
+    def shifted(*args, **kwargs):
+        output = forward(*args, **kwargs)
+        output.logits = output.logits - 3.0 * output.logits.tanh()
+        return output
+
+    tiny_llama.forward = shifted  # type: ignore[method-assign]
+    split = make_split(LENGTHS)
+    with torch.no_grad(), plan_forward(tiny_llama) as plan:
+        assert plan == ForwardPlan(packed=True, chunked=False)
+        assert "output head is of its own kind" in caplog.text
+        loss, _ = supervised_loss(tiny_llama, collate(split, ROWS, 0, packed=True), plan)
+        expected = F.cross_entropy(
+            *supervised_logits(tiny_llama, collate(split, ROWS, 0, packed=True)), reduction="sum"
+        )
+    assert loss == expected
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (8, 2)])
+@pytest.mark.parametrize("width", [8, 16, 32])
+@pytest.mark.parametrize("length", [1, 7, LONGEST])
+def test_attention_of_a_short_row(heads: tuple[int, int], width: int, length: int) -> None:
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(n, length, width, requires_grad=True) for n in (heads[0], heads[1], heads[1]))
+    gradient = torch.randn(heads[0], length, width)
+    found = row_attention(query, key, value, 0.3)
+    is_grouped = heads[0] != heads[1]
+    expected = F.scaled_dot_product_attention(
+        query[None], key[None], value[None], is_causal=True, scale=0.3, enable_gqa=is_grouped
+    )[0]
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    found_gradients = torch.autograd.grad(found, (query, key, value), gradient)
+    expected_gradients = torch.autograd.grad(expected, (query, key, value), gradient)
+    for mine, theirs in zip(found_gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("overrides", [[], ["lora.use_rslora=true"], ["lora.target_modules=[q_proj,down_proj]"]])
+def test_folded_lora_is_lora(tiny_llama: LlamaForCausalLM, make_split, overrides: list[str]) -> None:
+    batch = collate(make_split(LENGTHS), ROWS, 0)
+    results = []
+    for folds in (True, False):
+        model = with_adapter(tiny_llama, *overrides)
+        if folds:
+            with folded_lora(model) as num_layers:
+                loss, _ = supervised_loss(model, batch)
+                loss.backward()
+            assert num_layers == sum("lora_A" in name for name, _ in model.named_parameters())
+        else:
+            loss, _ = supervised_loss(model, batch)
+            loss.backward()
+        results.append((loss.item(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}))
+    (loss, found), (expected_loss, expected) = results
+    assert abs(loss - expected_loss) < 1e-3
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-4)
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    "overrides", [["lora.use_dora=true"], ["lora.lora_dropout=0.1"], ["lora.adapter_dtype=bfloat16"]]
+)
+def test_other_loras_are_left_to_peft(tiny_llama: LlamaForCausalLM, overrides: list[str]) -> None:
+    with folded_lora(with_adapter(tiny_llama, *overrides)) as num_layers:
+        assert num_layers == 0
+
+
+def test_the_adapter_can_still_be_turned_off(tiny_llama: LlamaForCausalLM, make_split) -> None:
+    model = with_adapter(tiny_llama).eval()
+    inputs = model_inputs(collate(make_split(LENGTHS), ROWS, 0))
+    with torch.no_grad(), folded_lora(model):
+        changed = model(**inputs).logits
+        with model.disable_adapter():
+            base = model(**inputs).logits
+    with torch.no_grad():
+        torch.testing.assert_close(base, tiny_llama(**inputs).logits)
+    assert (changed - base).abs().max() > 1e-2
