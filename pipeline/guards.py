@@ -93,7 +93,7 @@ def check_finite(loss: float, grad_norm: float, step: int, split: Split, rows: l
     names = ", ".join(split.row_id(row) for row in rows[:8]) + (" ..." if len(rows) > 8 else "")
     raise TrainingError(
         f"step {step}: loss {loss}, gradient norm {grad_norm}. Rows of the batch: {names}. "
-        "Lower train.learning_rate, lengthen train.warmup_ratio, or look at these rows."
+        "Lower train.learning_rate, lengthen train.warmup_ratio, or look at these rows. The last checkpoint is kept."
     )
 
 

@@ -100,7 +100,7 @@ def _merge_adapter(
         check_parity(parity, merge)
     check_differs(from_base)
     _check_plain(merged)
-    cast = _save(merged, tokenizer, merge, folder, batches, device)
+    cast = _save(merged, tokenizer, merge, folder, batches, device, inputs.model.trust_remote_code)
     logger.info("merged into %s base: mean_kl %.2e, top1 %.6f", merge_base, parity.mean_kl, parity.top1_agreement)
     return {
         "method": str(inputs.method),
@@ -175,6 +175,7 @@ def _save(
     folder: Path,
     batches: list[Batch],
     device: torch.device,
+    trust_remote_code: bool,
 ) -> dict[str, Any]:
     """Casts and saves, loads the result again, and measures what the cast costs; `merged` is cast in place."""
     dtype = torch_dtype(merge.dtype)
@@ -192,7 +193,7 @@ def _save(
         with quiet_transformers():
             merged.save_pretrained(temporary, max_shard_size=merge.max_shard_size)
             tokenizer.save_pretrained(temporary)
-        reloaded = load_model_folder(temporary, device, dtype)
+        reloaded = load_model_folder(temporary, device, dtype, trust_remote_code=trust_remote_code)
         after = parity_loss(reloaded, batches)
         changed = float((token_logits(reloaded, batches[0]) - expected).abs().max())
         if dtype is torch.float32 and not changed <= 1e-4:

@@ -64,7 +64,7 @@ def quantize(
         tokenizer.save_pretrained(temporary)
         write_provenance(temporary, "quantize", model, quantization)
     del base
-    quantized = load_quantized(folder, quantization, device)
+    quantized = load_quantized(folder, quantization, device, trust_remote_code=model.trust_remote_code)
     after = measure_loss(quantized, validation, EVAL_BATCH_SIZE, tokenizer.pad_token_id, progress)
     metrics |= _layer_metrics(layers) | {"quantized": _loss_metrics(after), "versions": package_versions()}
     if before is not None:
@@ -117,6 +117,7 @@ def load_quantized(
     device: torch.device,
     keep: KeepQuantized = KeepQuantized.auto,
     attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """The quantised base in eval mode, frozen, not quantised again: in few bits, or dequantised once to plain layers.
 
@@ -134,7 +135,7 @@ def load_quantized(
     check_bitsandbytes(device)
     compute_dtype = torch_dtype(quantization.compute_dtype)
     keeps, why = _keeps(folder, quantization, device, keep)
-    model = load_model_folder(folder, device, compute_dtype, attn_implementation)
+    model = load_model_folder(folder, device, compute_dtype, attn_implementation, trust_remote_code)
     if not any(True for _ in quantized_layers(model)):
         raise ModelError(f"{folder}: holds no quantized layer. Make it again with `dvc repro --force quantize`.")
     protect_from_repacking(model)
@@ -211,4 +212,5 @@ def load_training_base(
             "quantization.method=nf4, or "
             "train.method=lora."
         )
-    return load_quantized(quantized_folder, quantization, device, keep, str(model.attn_implementation))
+    attention, trusts = str(model.attn_implementation), model.trust_remote_code
+    return load_quantized(quantized_folder, quantization, device, keep, attention, trusts)

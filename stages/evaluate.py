@@ -61,12 +61,13 @@ def run(config: RunConfig, workspace: Workspace) -> None:
 
 def _load(name: str, config: RunConfig, quantized: Path, adapter: Path, device: torch.device) -> Model:
     keep, attention = config.runtime.keep_quantized, str(config.model.attn_implementation)
+    trusts = config.model.trust_remote_code
     if name == "base":
         return load_model(config.model, device)
     if name == "quantized":
-        return load_quantized(quantized, config.quantization, device, keep, attention)
+        return load_quantized(quantized, config.quantization, device, keep, attention, trusts)
     if config.train.method is TrainMethod.full:
-        return load_model_folder(adapter, device, torch_dtype(config.model.dtype), attention)
+        return load_model_folder(adapter, device, torch_dtype(config.model.dtype), attention, trusts)
     base = load_training_base(config.model, config.quantization, config.train.method, quantized, device, keep)
     return load_adapter(base, adapter)
 

@@ -28,10 +28,11 @@ def run(config: RunConfig, workspace: Workspace) -> None:
     inputs = MergeInputs(config.model, config.quantization, config.train.method, quantized, adapter, processed)
     merged = workspace.output(MERGED)
     metrics = merge_adapter(inputs, config.merge, merged, device, config.runtime.progress)
-    model = load_model_folder(merged, device, torch_dtype(config.merge.dtype), str(config.model.attn_implementation))
+    attention, trusts = str(config.model.attn_implementation), config.model.trust_remote_code
+    model = load_model_folder(merged, device, torch_dtype(config.merge.dtype), attention, trusts)
     scores, _ = evaluate_model(
         model,
-        load_tokenizer_folder(merged),
+        load_tokenizer_folder(merged, trusts),
         processed,
         config.evaluate,
         name="merged",

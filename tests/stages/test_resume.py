@@ -1,9 +1,12 @@
 """A training that is killed or interrupted, and started again, is the training that was not."""
 
 import random
+import re
 import signal
+import sqlite3
 import subprocess
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -12,7 +15,8 @@ from pipeline.files import hash_path
 from tests.conftest import Project, copy_project
 from tests.stages.test_dvc import make_small
 
-TRAIN = "python -m stages.train train.max_steps=40 train.eval_steps=7 runtime.checkpoint_steps=4 runtime.tracking=false"
+TRAIN = "python -m stages.train train.eval_steps=7 runtime.system_metrics=false"
+SECONDS = 120  # until a process that just started has written a checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -23,43 +27,79 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
     return project
 
 
-def start(project: Project, store: Path, output: str) -> subprocess.Popen:
-    command = f"exec {TRAIN} runtime.output_dir=outputs/{output}"
-    log = (project.folder / f"{output}.log").open("a")
-    return subprocess.Popen(
-        command, shell=True, cwd=project.folder, env=project.env | {"DVC_ROOT": str(store)},
-        stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
-    )  # fmt: skip
+class Training:
+    """One training, in a store of its own, as often as it is started."""
+
+    def __init__(self, project: Project, store: Path, overrides: str):
+        self.project, self.store, self.overrides = project, store, overrides
+        self.log = project.folder / f"{store.name}.log"
+        self.output = project.folder / "outputs" / store.name
+
+    def start(self) -> subprocess.Popen:
+        command = f"exec {TRAIN} {self.overrides} runtime.output_dir={self.output}"
+        with self.log.open("a") as log:
+            return subprocess.Popen(
+                command, shell=True, cwd=self.project.folder, env=self.project.env | {"DVC_ROOT": str(self.store)},
+                stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+            )  # fmt: skip
+
+    def finish(self) -> str:
+        """Runs it to its end; the adapter's hash."""
+        assert self.start().wait(timeout=300) == 0, self.log.read_text()
+        return hash_path(self.output / "models/adapter")
+
+    def last_checkpoint(self) -> int:
+        paths = self.store.glob(".training/*/checkpoints/checkpoint-*")
+        return max((int(path.name.rpartition("-")[2]) for path in paths), default=0)
+
+    def kill(self, number: signal.Signals, in_a_write: bool, pause: float) -> None:
+        """Starts it, lets it get past its last checkpoint, and kills it: in the middle of a write, or after a pause."""
+        before, process = self.last_checkpoint(), self.start()
+        deadline = time.monotonic() + SECONDS
+        while self.last_checkpoint() <= before:
+            assert process.poll() is None, self.log.read_text()
+            assert time.monotonic() < deadline, "no checkpoint came"
+            time.sleep(0.002)
+        if in_a_write:
+            while not any(self.store.glob(".training/*/checkpoints/.unfinished-*")) and process.poll() is None:
+                pass
+        else:
+            time.sleep(pause)
+        process.send_signal(number)
+        assert process.wait(timeout=60) == (130 if number is signal.SIGINT else -number), self.log.read_text()
+
+    def tracked(self) -> list[tuple[str, int]]:
+        """Run and step of every logged training loss."""
+        with sqlite3.connect(f"file:{self.store / 'mlflow.db'}?mode=ro", uri=True) as database:
+            return database.execute("select run_uuid, step from metrics where key = 'train.loss'").fetchall()
 
 
-def wait_for_a_checkpoint(store: Path, process: subprocess.Popen, number: int) -> None:
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None:
-        steps = [int(p.name.rpartition("-")[2]) for p in store.glob(".training/*/checkpoints/checkpoint-*")]
-        if steps and max(steps) >= number:
-            return
-        time.sleep(0.002)
-    raise AssertionError("no checkpoint came")
+def check(whole: Training, killed: Training, num_steps: int, num_kills: int) -> None:
+    assert killed.finish() == whole.finish()
+    text = killed.log.read_text()
+    resumed = [int(step) for step in re.findall(r"going on after step (\d+)", text)]
+    assert len(resumed) == num_kills
+    assert resumed == sorted(resumed)
+    assert resumed[0] > 0
+    assert "Traceback" not in text
+    assert len({run for run, _ in killed.tracked()}) == 1
+    assert Counter(step for _, step in killed.tracked()) == Counter(range(1, num_steps + 1))
+
+
+def test_killed_in_a_write_it_ends_with_the_same_bytes(project: Project, tmp_path: Path) -> None:
+    overrides = "train.max_steps=16 runtime.checkpoint_steps=2"
+    killed = Training(project, tmp_path / "killed", overrides)
+    killed.kill(signal.SIGKILL, in_a_write=True, pause=0)
+    killed.kill(signal.SIGINT, in_a_write=False, pause=0)
+    check(Training(project, tmp_path / "whole", overrides), killed, 16, num_kills=2)
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_killed_or_interrupted_it_ends_with_the_same_bytes(project: Project, tmp_path: Path) -> None:
-    whole = start(project, tmp_path / "whole", "whole")
-    assert whole.wait(timeout=200) == 0
-    expected = hash_path(project.folder / "outputs/whole/models/adapter")
-    store, rng = tmp_path / "killed", random.Random(0)
-    for step, number in ((4, signal.SIGKILL), (16, signal.SIGKILL), (24, signal.SIGINT)):
-        process = start(project, store, "killed")
-        wait_for_a_checkpoint(store, process, step)
-        time.sleep(rng.uniform(0, 0.2))
-        process.send_signal(number)
-        assert process.wait(timeout=60) == (130 if number is signal.SIGINT else -number)
-    assert start(project, store, "killed").wait(timeout=200) == 0
-    log = (project.folder / "killed.log").read_text()
-    assert log.count("going on after step") >= 3
-    assert "Traceback" not in log
-    assert hash_path(project.folder / "outputs/killed/models/adapter") == expected
-    other = project.run(f"DVC_ROOT={tmp_path / 'other'} {TRAIN} train.seed=1 runtime.output_dir=outputs/other")
-    assert "Traceback" not in other
-    assert hash_path(project.folder / "outputs/other/models/adapter") != expected
+@pytest.mark.timeout(1200)
+def test_killed_at_twenty_random_moments_it_ends_with_the_same_bytes(project: Project, tmp_path: Path) -> None:
+    overrides = "train.max_steps=150 runtime.checkpoint_steps=2 train.gradient_accumulation_steps=2"
+    overrides += " lora.lora_dropout=0.1 train.early_stopping_patience=50"
+    rng, killed = random.Random(0), Training(project, tmp_path / "killed", overrides)
+    for i in range(20):
+        killed.kill(signal.SIGKILL, in_a_write=i % 3 == 0, pause=rng.uniform(0, 0.4))
+    check(Training(project, tmp_path / "whole", overrides), killed, 150, num_kills=20)
