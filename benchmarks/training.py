@@ -330,9 +330,11 @@ def ours(work: Work, folder: Path, started: float) -> dict[str, Any]:
     import pipeline.training
     from pipeline.dataset import Example, load_split, write_split
     from pipeline.lora import attach_lora
+    from pipeline.runtime import use_deterministic_kernels
     from pipeline.schema import Bias, Dtype, Keep, LoraConfig, OnSpike, Optimizer, Scheduler, TrainConfig, TrainMethod
 
     path, ids, masks = read_rows(folder)
+    use_deterministic_kernels()  # as the train stage does
     base = load_base(work, path, work.keeps)
     torch.manual_seed(0)
     model = attach_lora(base, LoraConfig(work.r, 16, 0.0, TARGETS, False, False, Bias.none, Dtype.float32))

@@ -41,10 +41,11 @@ class Batch:
 
 
 def collate(split: Split, rows: Sequence[int], pad_token_id: int, packed: bool = False) -> Batch:
-    """The rows as one micro-batch."""
+    """The rows as one micro-batch; packed, unless they are of one length, where nothing is padded anyway."""
     ids = [split.input_ids(row) for row in rows]
     masks = [split.completion_mask(row) for row in rows]
-    batch = pack_rows(ids, masks) if packed else pad_rows(ids, masks, pad_token_id)
+    packs = packed and len({len(row) for row in ids}) > 1
+    batch = pack_rows(ids, masks) if packs else pad_rows(ids, masks, pad_token_id)
     return replace(batch, rows=tuple(map(int, rows)))
 
 

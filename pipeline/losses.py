@@ -68,17 +68,16 @@ def supervised_logits(model: torch.nn.Module, batch: Batch) -> tuple[torch.Tenso
 
     Prompts get no logits: only positions that some row supervises reach the output head (`logits_to_keep`).
     """
-    counted_BK, targets_S, positions_K = _supervised(batch)
-    output = model(**model_inputs(batch), logits_to_keep=positions_K)
-    return output.logits[counted_BK].float(), targets_S
-
-
-def _supervised(batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Which of the kept positions count, bool [B, K]; the tokens that these predict, int64 [S]; the kept positions."""
-    predicts_BT = F.pad(batch.completion_mask[:, 1:], (0, 1))  # position t predicts token t + 1
+    predicts_BT = _predicts(batch)
     positions_K = predicts_BT.any(dim=0).nonzero().squeeze(1)
+    output = model(**model_inputs(batch), logits_to_keep=positions_K)
     counted_BK = predicts_BT[:, positions_K]
-    return counted_BK, batch.input_ids[:, positions_K + 1][counted_BK], positions_K
+    return output.logits[counted_BK].float(), batch.input_ids[:, positions_K + 1][counted_BK]
+
+
+def _predicts(batch: Batch) -> torch.Tensor:
+    """bool [B, T]: position t predicts token t + 1, and that one is supervised."""
+    return F.pad(batch.completion_mask[:, 1:], (0, 1))
 
 
 def supervised_loss(
@@ -109,10 +108,11 @@ def _supervised_hidden(
     model: torch.nn.Module, batch: Batch
 ) -> tuple[torch.Tensor, torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:
     """What the output head gets for the supervised tokens, [S, X]; these tokens; and hidden states to logits."""
-    counted_BK, targets_S, positions_K = _supervised(batch)
+    positions_S = _predicts(batch).flatten().nonzero().squeeze(1)
     head = _output_head(model)
     with _head_left_out(head) as given:
-        model(**model_inputs(batch), logits_to_keep=positions_K)
+        model(**model_inputs(batch))
+    hidden_SX = given[0].flatten(0, 1).index_select(0, positions_S)
     after = _after_head(inner_model(model).config.get_text_config())
 
     def logits_of(hidden_CX: torch.Tensor) -> torch.Tensor:
@@ -120,7 +120,7 @@ def _supervised_hidden(
             hidden_CX = hidden_CX.to(head.weight.dtype)
         return after(head(hidden_CX)).float()
 
-    return given[0][counted_BK], targets_S, logits_of
+    return hidden_SX, batch.input_ids.flatten()[positions_S + 1], logits_of
 
 
 @contextmanager

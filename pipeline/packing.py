@@ -48,15 +48,19 @@ def packed_sdpa(
     """Causal attention of each row by itself, [1, N, H, D]; transformers' signature of an attention function.
 
     Args:
-        cu_seq_lens_q: int32 [rows + 1], where the rows begin and end.
+        cu_seq_lens_q: int32 [rows + 1], where the rows begin and end. None: a batch of rows of one length (or padded on
+            the right, which causal attention does not see).
 
     Raises:
-        NotImplementedError: a batch that is not packed, or an architecture that wants what is not done here.
+        NotImplementedError: the architecture wants what is not done here.
     """
     wanted = [name for name in UNKNOWN if others.get(name) is not None]
-    if wanted or cu_seq_lens_q is None or max_length_q is None or attention_mask is not None:
-        raise NotImplementedError(f"packed attention knows no {wanted[0] if wanted else 'padded batch'}")
+    if wanted or attention_mask is not None:
+        raise NotImplementedError(f"packed attention knows no {wanted[0] if wanted else 'attention mask'}")
     has_groups = query_1HND.shape[1] != key_1HND.shape[1]
+    if cu_seq_lens_q is None or max_length_q is None:
+        output = _attend(query_1HND, key_1HND, value_1HND, dropout, scaling, sliding_window, has_groups)
+        return output.transpose(1, 2).contiguous(), None
     if query_1HND.is_cuda and _varlen_takes(query_1HND, dropout, has_groups):
         query_NHD, key_NHD, value_NHD = (t[0].transpose(0, 1) for t in (query_1HND, key_1HND, value_1HND))
         arguments: dict[str, Any] = {"enable_gqa": True} if has_groups else {}
@@ -87,7 +91,7 @@ def _attend(
 ) -> torch.Tensor:
     length = query.shape[2]
     band = None
-    if row_attention.takes(query, length) and not dropout and (sliding_window or length) >= length:
+    if len(query) == 1 and row_attention.takes(query, length) and not dropout and (sliding_window or length) >= length:
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         return row_attention.row_attention(query[0], key[0], value[0], scale)[None]
     if sliding_window is not None and length > sliding_window:

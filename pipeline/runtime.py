@@ -50,6 +50,8 @@ def use_deterministic_kernels() -> None:
     """Asks torch for deterministic kernels; where CUDA has none, torch warns and names the operation."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
+    # else every new tensor is filled with NaN first
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def torch_dtype(dtype: Dtype) -> torch.dtype:

@@ -54,6 +54,19 @@ def test_a_packed_row_sees_itself_alone(kind: str, attention: str, make_split, t
     assert model.config.get_text_config()._attn_implementation == attention
 
 
+def test_rows_of_one_length_are_not_packed(make_split, tmp_path) -> None:
+    model = make_model(tmp_path / "mistral", "mistral")  # with a sliding window of 64
+    split = make_split([(60, 20), (4, 76), (40, 40)])
+    expected = [alone(model, split, row) for row in range(3)]
+    with torch.no_grad(), plan_forward(model) as plan:
+        assert plan.packed
+        batch = collate(split, [0, 1, 2], 0, plan.packed)
+        assert batch.cu_seq_lens is None
+        logits = model(**model_inputs(batch)).logits
+    for mine, theirs in zip(logits, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-5 * float(theirs.detach().abs().max()))
+
+
 def test_a_leak_would_be_seen(tiny_llama: LlamaForCausalLM, make_split, monkeypatch, caplog) -> None:
     whole = pipeline.packing._attend
 
