@@ -94,8 +94,13 @@ def open_store() -> Store:
 
 
 def unusable(uri: str, error: Exception) -> TrackingError:
-    first_line = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
-    return TrackingError(f"MLflow at {redact(uri)}: {first_line}")
+    """The error in one line, without the user and password that MLflow's own texts repeat with the address."""
+    first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    user = urlsplit(uri).netloc.rpartition("@")[0]
+    password = user.partition(":")[2]
+    for secret in (f"{user}@", password):
+        first_line = first_line.replace(secret, "") if secret.strip("@") else first_line
+    return TrackingError(f"MLflow at {redact(uri)}: {first_line[:300]}{' ...' if len(first_line) > 300 else ''}")
 
 
 def probe(uri: str) -> None:

@@ -9,6 +9,7 @@ import signal
 import socket
 import sqlite3
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -93,12 +94,25 @@ def away(kind: str, server: Server) -> Iterator[None]:
     server.start()
 
 
+# The machine's own pauses: the same steps in a process that logs nothing.
+METRONOME = f"""
+import time
+worst = 0.0
+while True:
+    started = time.perf_counter()
+    time.sleep({STEP_SECONDS})
+    if (late := time.perf_counter() - started - {STEP_SECONDS}) > worst:
+        print(worst := late, flush=True)
+"""
+
+
 def train(live: LiveRun, outage: Callable[[], object], is_over: Callable[[], bool]) -> tuple[list[Event], float]:
     """Steps of 50 ms that log: some, then an outage beside them, and on until `is_over`.
 
     Returns:
-        The events, and by how many seconds the slowest step, or the slowest call, was over its time.
+        The events, and by how many seconds the slowest step was over its time, beyond what the machine paused.
     """
+    metronome = subprocess.Popen([sys.executable, "-c", METRONOME], stdout=subprocess.PIPE, text=True)
     events: list[Event] = []
     stall, step, last, gone = 0.0, 0, None, None
     deadline = time.monotonic() + 120
@@ -119,8 +133,10 @@ def train(live: LiveRun, outage: Callable[[], object], is_over: Callable[[], boo
                 gone.result()
                 last = step + 40 if is_over() else None
             assert time.monotonic() < deadline, "the outage did not end"
-    print(f"{step} steps, longest stall {stall * 1000:.1f} ms")
-    return events, stall
+    metronome.kill()
+    paused = max(map(float, metronome.communicate()[0].split()), default=0.0)
+    print(f"{step} steps, longest stall {stall * 1000:.1f} ms, of the machine {paused * 1000:.1f} ms")
+    return events, stall - paused
 
 
 def make_trained(folder: Path) -> None:

@@ -39,4 +39,4 @@ def test_two_clones_share_one_fresh_store(tmp_path: Path) -> None:
     assert {run for (run,) in merged} == {run for run, _ in statuses}
     assert Counter(losses) == Counter((run, step) for run, _ in statuses for step in range(1, 9))
     for seed in (0, 1):
-        assert not list((tmp_path / f"clone{seed}" / ".training").glob("outbox/*/*"))
+        assert not list((tmp_path / f"clone{seed}" / ".training").glob("outbox/[!.]*/*"))

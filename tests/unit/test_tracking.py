@@ -150,6 +150,13 @@ def test_store_is_the_parent_projects_inside_an_experiment(monkeypatch, tmp_path
 def test_passwords_stay_out_of_messages():
     assert tracking_store.redact("https://me:secret@host:8/x") == "https://host:8/x"
     assert tracking_store.redact("sqlite:////a/b.db") == "sqlite:////a/b.db"
+    uri = "http://me:secret@host:8"
+    text = f"API request to {uri}/api failed after 500 answers for user me with secret " + "x" * 400
+    message = str(tracking_store.unusable(uri, RuntimeError(text)))
+    assert "secret" not in message
+    assert "API request to http://host:8/api failed" in message
+    assert message.endswith("x ...")
+    assert "secret" in str(tracking_store.unusable("http://host:8", RuntimeError("no secret")))
 
 
 def test_fingerprint_is_checked_before_it_stands_in_a_query():
