@@ -92,15 +92,15 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
         process.wait(timeout=20)
 
 
-def lines(folder: Path, number: int) -> list[str]:
-    """The log, once it has so many lines."""
+def lines(folder: Path, number: int, containing: str = "") -> list[str]:
+    """The log, once it has so many lines, and the text."""
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline:
         text = (folder / "log").read_text()
-        if text.count("\n") >= number:
+        if text.count("\n") >= number and containing in text:
             return text.splitlines()
         time.sleep(0.01)
-    raise AssertionError(f"{number} lines expected: {text}")
+    raise AssertionError(f"{number} lines expected, and {containing!r}: {text}")
 
 
 def write_owner(folder: Path, owner: store.Owner) -> Path:
@@ -242,7 +242,7 @@ def test_whoever_waits_stops_when_its_own_starter_dies(start: Start, tmp_path: P
     time.sleep(1.5)
     second.kill()
     second.wait(timeout=20)
-    assert "Interrupted: the dvc that started this was killed." in "\n".join(lines(tmp_path, 3))
+    assert lines(tmp_path, 3, containing="Interrupted: the dvc that started this was killed.\n")
 
 
 DEAD = json.dumps(asdict(store.Owner(DIED_BEFORE, None, socket.gethostname(), "2026-11-22 10:00:00 +0000")))
