@@ -21,7 +21,7 @@ from tqdm import tqdm
 from pipeline.batching import Batch, batches_by_length
 from pipeline.dataset import Split
 from pipeline.errors import DataError
-from pipeline.folded_lora import folded_lora
+from pipeline.fused_lora import fused_lora
 from pipeline.packing import agree, eval_mode, inner_model, model_inputs, packed_attention, probe_batch
 
 logger = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ class ForwardPlan:
 @contextmanager
 def plan_forward(model: torch.nn.Module) -> Iterator[ForwardPlan]:
     """The fastest way by which this model computes the same logits, tried on a few tokens; good while inside."""
-    with folded_lora(model), packed_attention(model) as packed:
+    with fused_lora(model), packed_attention(model) as packed:
         yield ForwardPlan(packed, _chunks_agree(inner_model(model), packed))
 
 

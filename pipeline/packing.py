@@ -109,12 +109,12 @@ AttentionInterface.register(NAME, packed_sdpa)  # without a mask function: it ne
 def packed_attention(model: torch.nn.Module) -> Iterator[bool]:
     """Has the model take packed batches while inside; says whether it does, after trying it on a few tokens.
 
-    With `sdpa` the model's attention is changed for the time; `flash_attention_2` packs by itself; `eager` does not.
+    With `sdpa` the model's attention is changed for the time; `eager` does not pack.
     """
     inner = inner_model(model)
     config: Any = inner.config.get_text_config()
     before = config._attn_implementation
-    if before not in ("sdpa", "flash_attention_2", NAME):
+    if before not in ("sdpa", NAME):
         logger.info("rows are padded: attention is %s, which does not pack", before)
         yield False
         return
@@ -122,7 +122,7 @@ def packed_attention(model: torch.nn.Module) -> Iterator[bool]:
         yield True
         return
     expected = _probe(model, packed=False)
-    config._attn_implementation = NAME if before == "sdpa" else before
+    config._attn_implementation = NAME
     try:
         problem = _problem(model, expected)
         if problem:

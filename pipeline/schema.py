@@ -38,7 +38,6 @@ class Dtype(StrEnum):
 class Attention(StrEnum):
     sdpa = "sdpa"
     eager = "eager"
-    flash_attention_2 = "flash_attention_2"
 
 
 class QuantizationMethod(StrEnum):

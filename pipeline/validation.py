@@ -5,7 +5,6 @@ from typing import Any
 
 from pipeline.schema import (
     TARGET_SETS,
-    Attention,
     Config,
     DataConfig,
     Dtype,
@@ -79,8 +78,6 @@ def _model_problems(model: ModelConfig) -> list[str]:
             f"model.chat_template: {model.chat_template!r} is not in conf/chat_templates/, where DVC sees its changes; "
             "put the file there, and give its path from here"
         )
-    if model.attn_implementation is Attention.flash_attention_2 and model.dtype is Dtype.float32:
-        found.append("model.attn_implementation: flash_attention_2 needs model.dtype bfloat16 or float16")
     return found
 
 

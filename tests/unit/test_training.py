@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import itertools
 import shutil
 import statistics
 
@@ -10,6 +11,7 @@ import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from transformers import LlamaForCausalLM
 
+import pipeline.training
 from pipeline.checkpoints import Checkpoints
 from pipeline.config import compose_config
 from pipeline.errors import TrainingError
@@ -26,9 +28,12 @@ def settings(**changes):
     return dataclasses.replace(compose_config(overrides).train, **changes)
 
 
-def run(base: LlamaForCausalLM, make_split, checkpoints: Checkpoints | None = None, lengths=LENGTHS, **changes):
+def run(
+    base: LlamaForCausalLM, make_split, checkpoints: Checkpoints | None = None, lengths=LENGTHS, dropout=0.0, **changes
+):
     torch.manual_seed(0)
-    model = attach_lora(copy.deepcopy(base), compose_config(["lora.r=4"]).lora)
+    lora = compose_config(["lora.r=4", f"lora.lora_dropout={dropout}"]).lora
+    model = attach_lora(copy.deepcopy(base), lora)
     events: list[tuple[int, dict]] = []
     trainer = Trainer(
         model, make_split(lengths), make_split(lengths[:4], seed=5, name="validation"), settings(**changes), 0,
@@ -213,6 +218,29 @@ def test_a_resumed_training_keeps_to_what_fitted(
     _, resumed, _ = run(tiny_llama, make_split, Checkpoints(tmp_path / "again", 2, 1), lengths=LONG, max_steps=6)
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     assert "out of memory" not in caplog.text
+
+
+@pytest.mark.parametrize("restores", [True, False])
+def test_a_step_done_again_draws_the_same_dropout(
+    tiny_llama: LlamaForCausalLM, make_split, monkeypatch, restores: bool
+) -> None:
+    changes = {"dropout": 0.5, "micro_batch_size": 1, "gradient_accumulation_steps": 4}
+    whole, weights, _ = run(tiny_llama, make_split, **changes)
+    forward, num_forwards = LlamaForCausalLM.forward, itertools.count(1)
+
+    def fails_once(model, *args, **kwargs):
+        if model.training and next(num_forwards) == 7:  # in the second step, after dropout was drawn for it
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return forward(model, *args, **kwargs)
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", fails_once)
+    if not restores:
+        monkeypatch.setattr(pipeline.training, "set_torch_rng_state", lambda state: None)
+    progress, again, _ = run(tiny_llama, make_split, **changes)
+    assert progress.gradient_checkpointing is not whole.gradient_checkpointing
+    same = progress.losses == pytest.approx(whole.losses, abs=1e-5)
+    assert same is restores
+    assert all(torch.allclose(again[name], weights[name], rtol=0, atol=1e-5) for name in weights) is restores
 
 
 def test_what_can_never_fit_says_what_did(tiny_llama: LlamaForCausalLM, make_split, monkeypatch) -> None:
