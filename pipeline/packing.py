@@ -91,9 +91,10 @@ def _attend(
 ) -> torch.Tensor:
     length = query.shape[2]
     band = None
-    if len(query) == 1 and row_attention.takes(query, length) and not dropout and (sliding_window or length) >= length:
+    if row_attention.takes(query, key, value) and not dropout and (sliding_window or length) >= length:
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        return row_attention.row_attention(query[0], key[0], value[0], scale)[None]
+        merged = (t.flatten(0, 1) for t in (query, key, value))
+        return row_attention.row_attention(*merged, scale).unflatten(0, query.shape[:2])
     if sliding_window is not None and length > sliding_window:
         ones = torch.ones(length, length, dtype=torch.bool, device=query.device)
         band = ones.tril().triu(1 - sliding_window)

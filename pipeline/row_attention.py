@@ -1,8 +1,8 @@
-"""Causal attention of one short row with thin heads on a CPU, and its gradient, in plain matrix products.
+"""Causal attention of short rows on a CPU, and its gradient, in plain matrix products.
 
 torch's fused kernel computes the scores again in its backward pass, and its products fill no vector unit where heads
-are thin. Keeping the probabilities, and transposing the products, is 1.2 (32 wide) to 2.3 times (8 wide) as fast for
-rows of up to some 200 tokens (docs/performance.md); longer ones would keep too much.
+are thin. Keeping the probabilities, and transposing the products, is in fp32 1.2 (32 wide) to 2.3 times (8 wide) as
+fast for rows of up to some 200 tokens, in bf16 1.3 to 3 times (docs/performance.md); longer ones would keep too much.
 
 Shape suffixes: H heads, G heads of keys and values, L tokens of the row, Q = L H / G queries of one of G, D head width.
 """
@@ -13,23 +13,26 @@ from typing import Any
 import torch
 
 LONGEST = 320  # tokens
-WIDEST = 32
+WIDEST = {torch.float32: 32, torch.bfloat16: 128}
 THIN = 16  # heads that as the last dimension of a product fill no vector unit
 
 
 def row_attention(
     query_HLD: torch.Tensor, key_GLD: torch.Tensor, value_GLD: torch.Tensor, scale: float
 ) -> torch.Tensor:
-    """softmax(scale Q K^T + causal mask) V, float32 [H, L, D]; query head h reads key head h // (H / G)."""
-    output: torch.Tensor = _RowAttention.apply(query_HLD, key_GLD, value_GLD, scale)
+    """softmax(scale Q K^T + causal mask) V, [H, L, D] of their dtype; query head h reads key head h // (H / G)."""
+    with torch.autocast("cpu", enabled=False):
+        output: torch.Tensor = _RowAttention.apply(query_HLD, key_GLD, value_GLD, scale)
     return output
 
 
-def takes(query: torch.Tensor, length: int) -> bool:
-    """Whether this is the faster way."""
-    is_small = length <= LONGEST and query.shape[-1] <= WIDEST
-    is_fp32 = query.dtype is torch.float32 and not torch.is_autocast_enabled("cpu")
-    return is_small and is_fp32 and query.device.type == "cpu"
+def takes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether this is the faster way for rows of [..., length, head width]."""
+    is_small = query.shape[-2] <= LONGEST and query.shape[-1] <= WIDEST.get(query.dtype, 0)
+    # under autocast torch's own attention turns fp32 into the lower precision
+    is_fp32_of_autocast = query.dtype is torch.float32 and torch.is_autocast_enabled("cpu")
+    is_one_dtype = query.dtype is key.dtype is value.dtype
+    return is_small and is_one_dtype and not is_fp32_of_autocast and query.device.type == "cpu"
 
 
 class _RowAttention(torch.autograd.Function):
@@ -37,7 +40,7 @@ class _RowAttention(torch.autograd.Function):
     def forward(ctx: Any, query_HLD: torch.Tensor, key_GLD: torch.Tensor, value_GLD: torch.Tensor, scale: float) -> Any:
         num_groups, length, _ = key_GLD.shape
         query_GQD = query_HLD.reshape(num_groups, -1, query_HLD.shape[-1])
-        mask_QL = _causal_mask(length, query_GQD.shape[1] // length)
+        mask_QL = _causal_mask(length, query_GQD.shape[1] // length, query_HLD.dtype)
         scores_GQL = torch.baddbmm(mask_QL, query_GQD, key_GLD.transpose(1, 2), alpha=scale)
         weights_GQL = torch.softmax(scores_GQL, -1)
         ctx.save_for_backward(query_GQD, key_GLD, value_GLD, weights_GQL)
@@ -65,6 +68,6 @@ def _product(left: torch.Tensor, right_D: torch.Tensor) -> torch.Tensor:
 
 
 @functools.lru_cache(maxsize=2 * LONGEST)
-def _causal_mask(length: int, repeats: int) -> torch.Tensor:
+def _causal_mask(length: int, repeats: int, dtype: torch.dtype) -> torch.Tensor:
     """-inf over the diagonal, [repeats * length, length]; added before the softmax."""
-    return torch.full((length, length), float("-inf")).triu(1).repeat(repeats, 1)
+    return torch.full((length, length), float("-inf"), dtype=dtype).triu(1).repeat(repeats, 1)
