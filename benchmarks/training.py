@@ -5,8 +5,8 @@
     python -m benchmarks.training llama8b_qlora --json speed.json   # on a GPU
 
 Both sides get the same base, tokens, order of rows, LoRA settings, start and precision, each in a process of its own,
-by turns; the table shows the best round of each side, the speed below it the median of the rounds' ratios and their range:
-the two sides of a round run one after the other, so that a machine that others use is about the same for both. TRL is optional: `pip install --no-deps trl==1.16.0`.
+by turns; the table shows the best round of each side, the line below it the median of the rounds' own ratios and their
+range (the two sides of a round see about the same machine). TRL is optional: `pip install --no-deps trl==1.16.0`.
 
 Works on a CPU:
     e2e_fp32      stories260K on E2E (--real), LoRA r 8 on all linear layers, batch 8, 200 steps, fp32; beside TRL

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from pipeline.errors import DataError, TrainingError
-from pipeline.files import hash_file, read_json, write_json
+from pipeline.files import flush, hash_file, read_json, write_json
 
 logger = logging.getLogger(__name__)
 MARKER = "complete.json"
@@ -50,25 +50,28 @@ class Checkpoints:
         return step % self.every_steps == 0
 
     def save(self, checkpoint: Checkpoint) -> None:
-        """Writes the checkpoint, then removes the oldest over the number kept.
+        """Writes the checkpoint, then removes those of later steps, and the oldest over the number kept.
+
+        Later ones are torn: this training would have gone on from a whole one. What killed writers left goes too: the
+        store's lock lets one process write.
 
         Raises:
             TrainingError: the disk is full; the checkpoints before are as they were.
         """
         target = self.folder / f"checkpoint-{checkpoint.step:08d}"
         temporary = self.folder / f".unfinished-{os.getpid()}"
-        shutil.rmtree(temporary, ignore_errors=True)
+        for leftover in self.folder.glob(".unfinished-*"):
+            shutil.rmtree(leftover, ignore_errors=True)
         temporary.mkdir(parents=True)
         try:
             save_file({n: t.contiguous() for n, t in checkpoint.tensors.items()}, temporary / FILES[0])
             torch.save(checkpoint.state, temporary / FILES[1])
             write_json(temporary / FILES[2], checkpoint.numbers)
-            for name in FILES:
-                _flush(temporary / name)
             write_json(temporary / MARKER, {name: hash_file(temporary / name) for name in FILES})
+            flush(*temporary.iterdir(), temporary)
             shutil.rmtree(target, ignore_errors=True)
             temporary.rename(target)
-            _flush(self.folder)
+            flush(self.folder)
         except (OSError, SafetensorError, RuntimeError) as error:  # torch says "unexpected pos" of a full disk
             if "No space left" in str(error) or shutil.disk_usage(self.folder).free < 2**20:
                 raise TrainingError(
@@ -78,8 +81,10 @@ class Checkpoints:
             raise
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-        for old in self._folders()[: -self.num_kept]:
-            shutil.rmtree(old)
+        folders = self._folders()
+        place = folders.index(target)
+        for useless in [*folders[place + 1 :], *folders[: place + 1][: -self.num_kept]]:
+            shutil.rmtree(useless)
 
     def latest(self) -> Checkpoint | None:
         """The newest whole checkpoint; torn or altered ones are reported and passed over."""
@@ -111,12 +116,3 @@ def _problem(folder: Path) -> str | None:
     except (DataError, OSError, KeyError):
         return "incomplete"
     return f"{changed[0]} was altered" if changed else None
-
-
-def _flush(path: Path) -> None:
-    """Waits until the file or folder is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

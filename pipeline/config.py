@@ -27,8 +27,8 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from pipeline.conditions import condition_problems
 from pipeline.errors import ConfigError, PipelineError
-from pipeline.gates import condition_problems
 from pipeline.schema import RunConfig
 from pipeline.validation import problems
 from pipeline.workspace import Workspace

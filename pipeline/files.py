@@ -24,6 +24,16 @@ def write_text(path: Path, text: str) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def flush(*paths: Path) -> None:
+    """Waits until these files and folders are on the disk; a folder means its list of names, not what they hold."""
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
 def write_json(path: Path, value: Any) -> None:
     """Sorted keys, two spaces, a final newline: equal values give equal bytes. NaN is refused."""
     write_text(path, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n")
@@ -41,6 +51,17 @@ def read_json(path: Path) -> Any:
         raise DataError(f"{path}: no such file. Run the stage that makes it (`dvc repro`).") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: not valid JSON ({error}). Remove it and run the stage that makes it again.") from None
+
+
+def read_jsonl(path: Path) -> list[Any]:
+    """Raises: DataError: missing, or a line is not JSON."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+        return [json.loads(line) for line in lines]
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file. Run the stage that makes it (`dvc repro`).") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: not valid JSONL ({error}). Remove it and make it again (`dvc repro`).") from None
 
 
 def hash_file(path: Path) -> str:

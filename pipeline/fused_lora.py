@@ -1,5 +1,8 @@
 """LoRA layers in fewer products and passes than peft's own, to the same numbers but for rounding.
 
+Over a 16-bit base the products are 16-bit ones, accumulated in fp32, as under autocast; the adapter's weights and their
+gradients stay as they are.
+
 `_LoraDelta` adds s (x A^T) B^T to what the base layer gives, in the base layer's dtype. Under autocast peft makes x
 float32 for its float32 A, which autocast turns back, forward and backward; none of that is done here, and only x and
 x A^T are kept for the backward pass.
@@ -43,6 +46,8 @@ def _takes(layer: Any) -> bool:
     """Whether this is peft's plain LoRA: one adapter, no dropout, no DoRA or other variant, no bias of its own."""
     if (type(layer).__module__, type(layer).__name__) not in PLAIN or layer.active_adapters != ["default"]:
         return False
+    if "default" not in layer.lora_A or "forward" in vars(layer):  # another adapter's, or taken already
+        return False
     is_plain = not layer.merged and not layer.lora_variant and not layer.lora_bias["default"]
     return is_plain and isinstance(layer.lora_dropout["default"], nn.Identity)
 
@@ -60,8 +65,9 @@ def _forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
         y_NO = y_NO if base.bias is None else y_NO + base.bias
     else:
         y_NO = base(x_NI)
-        y_NO = _LoraDelta.apply(y_NO, x_NI.to(y_NO.dtype), *matrices)
-    return y_NO.view(*x.shape[:-1], -1)
+        with torch.autocast(x.device.type, enabled=False):  # everything is in the dtype of y from here
+            y_NO = _LoraDelta.apply(y_NO, x_NI.to(y_NO.dtype), *matrices)
+    return y_NO.view(*x.shape[:-1], y_NO.shape[-1])
 
 
 def _folds(base: nn.Module, x: torch.Tensor, A_RI: torch.Tensor) -> bool:

@@ -1,116 +1,115 @@
-"""Conditions on a finished model, such as `adapter.exact_match >= base.exact_match + 0.05`.
+"""Verdicts on the conditions of a finished model (`pipeline.conditions`), decided on 95 % intervals.
 
-    condition  = sum ("<=" | ">=" | "<" | ">") sum
-    sum        = ["-"] product {("+" | "-") product}
-    product    = operand {"*" operand}
-    operand    = NUMBER | NAME
-
-A NAME is a metric: `base.loss` or `forgetting` of metrics/evaluate.json, `merged.bleu` or `merge.mean_kl` of
-metrics/merge.json.
+Names of metrics:
+    MODEL.SCORE: of the evidence, such as `adapter.rouge_l`; its interval allows for the rows of the test set.
+    forgetting: adapter.general_loss - base.general_loss.
+    all else: fixed numbers of the metrics files, such as `merge.mean_kl`; they have no interval.
 """
 
 import difflib
+import math
 import operator
-import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Any
 
+from pipeline.conditions import Comparison, NotWorse, Sum, condition_problems, parse_condition
 from pipeline.errors import ConfigError
+from pipeline.evidence import Evidence
+from pipeline.schema import Inconclusive
+from pipeline.scoring import METRICS
+from pipeline.statistics import Interval, percentiles
 
-COMPARISONS: dict[str, Callable[[float, float], bool]] = {
+OPERATORS: dict[str, Callable[[float, float], bool]] = {
     "<=": operator.le,
     ">=": operator.ge,
     "<": operator.lt,
     ">": operator.gt,
 }
-TOKEN = re.compile(
-    r"\s*(?:(?P<number>(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)(?![\w.])|(?P<name>[A-Za-z_][\w.]*)|(?P<sign><=|>=|[<>+*-]))"
-)
-
-Factor = float | str  # a number, or a metric's name
-Sum = list[tuple[float, list[Factor]]]  # sign and factors of each product
+FORGETTING = "forgetting"
 
 
-@dataclass(frozen=True)
-class Condition:
-    """A parsed condition; `text` as the user wrote it."""
+class Outcome(StrEnum):
+    passed = "passed"
+    failed = "failed"
+    inconclusive = "inconclusive"
 
-    text: str
-    left: Sum
-    comparison: str
-    right: Sum
+
+WORDS = {Outcome.passed: "PASSED", Outcome.failed: "FAILED", Outcome.inconclusive: "UNSURE"}
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """A condition with the values of its two sides."""
+    """A condition with the values of its two sides.
+
+    Attributes:
+        difference: left - right.
+        low, high: its 95 % interval; None where the numbers are fixed, or where there are too few rows for one.
+        outcome: passed if the whole interval meets the condition, failed if nothing of it does, inconclusive in
+            between and without an interval for too few rows; of fixed numbers, by the difference alone. NaN fails.
+    """
 
     condition: str
     left: float
     right: float
-    passed: bool
+    difference: float
+    low: float | None
+    high: float | None
+    outcome: Outcome
 
 
-def parse_condition(text: str) -> Condition:
-    """Raises: ConfigError: not a condition of the grammar above; the message shows the place."""
-    tokens = _tokens(text)
-    places = [i for i, (_, token) in enumerate(tokens) if token in COMPARISONS]
-    if len(places) != 1:
-        raise _wrong(text, f"{len(places)} comparisons, there must be one of {', '.join(COMPARISONS)}")
-    return Condition(text, _sum(text, tokens[: places[0]]), tokens[places[0]][1], _sum(text, tokens[places[0] + 1 :]))
+def judge(conditions: Sequence[str], evidence: Evidence, fixed: Mapping[str, float]) -> list[Verdict]:
+    """Every condition with its values, interval and outcome.
 
-
-def condition_problems(conditions: Sequence[str]) -> list[str]:
-    """One line for each condition that cannot be parsed: known before anything runs."""
-    found = []
-    for text in conditions:
-        try:
-            parse_condition(text)
-        except ConfigError as error:
-            found.append(str(error))
-    return found
-
-
-def judge(conditions: Sequence[str], metrics: Mapping[str, float]) -> list[Verdict]:
-    """Every condition with its values.
-
-    A side that is NaN passes nothing.
+    Args:
+        fixed: further metrics (`gate_metrics`); a name of the evidence goes before them.
 
     Raises:
         ConfigError: conditions that cannot be parsed and names that are no metric, all in one message.
     """
     problems = condition_problems(conditions)
+    metrics = _Metrics(evidence, fixed)
     parsed = [] if problems else [parse_condition(text) for text in conditions]
-    for condition in parsed:
-        problems += [
-            f"gate.conditions: '{condition.text}': {_unknown(name, metrics)}"
-            for name in _names(condition)
-            if name not in metrics
-        ]
+    problems += [f"gate.conditions: '{c.text}': {problem}" for c in parsed for problem in metrics.problems(c)]
     if problems:
         raise ConfigError("\n".join(problems))
-    verdicts = []
-    for condition in parsed:
-        left, right = _value(condition.left, metrics), _value(condition.right, metrics)
-        verdicts.append(Verdict(condition.text, left, right, COMPARISONS[condition.comparison](left, right)))
-    return verdicts
+    return [_judge(_plain(condition), metrics) for condition in parsed]
+
+
+def decide(verdicts: Sequence[Verdict], inconclusive: Inconclusive) -> bool:
+    """Whether the gate passes: nothing failed, and nothing was inconclusive where `gate.inconclusive` is `fail`."""
+    outcomes = {verdict.outcome for verdict in verdicts}
+    return Outcome.failed not in outcomes and not (
+        inconclusive is Inconclusive.fail and Outcome.inconclusive in outcomes
+    )
 
 
 def gate_metrics(evaluate: Mapping[str, Any], merge: Mapping[str, Any]) -> dict[str, float]:
-    """The names that conditions may use: of the evaluation as they are, of the merge `merged.*` and `merge.*`."""
+    """Fixed numbers that conditions may use: of the evaluation as they are, of the merge `merged.*` and `merge.*`."""
     merged = merge.get("merged", {})
     rest = {key: value for key, value in merge.items() if key != "merged"}
     return _numbers({**evaluate, "merged": merged, "merge": rest})
 
 
 def table(verdicts: Sequence[Verdict]) -> str:
-    """A line a condition: met or MISSED, the values of both sides."""
-    width = max((len(v.condition) for v in verdicts), default=0)
-    return "\n".join(
-        f"  {'met   ' if v.passed else 'MISSED'}  {v.condition:{width}}  ({v.left:.6g} against {v.right:.6g})"
+    """A line a condition: the outcome, the condition, both sides, their difference and its interval."""
+    rows = [
+        (WORDS[v.outcome], v.condition, f"{v.left:.6g}", f"{v.right:.6g}", f"{v.difference:+.4g}", _interval_text(v))
         for v in verdicts
+    ]
+    first, condition, left, right, difference = (max((len(row[i]) for row in rows), default=0) for i in range(5))
+    return "\n".join(
+        f"  {r[0]:{first}}  {r[1]:{condition}}  {r[2]:>{left}} against {r[3]:>{right}}  {r[4]:>{difference}}{r[5]}"
+        for r in rows
     )
+
+
+def _interval_text(verdict: Verdict) -> str:
+    if verdict.low is not None:
+        return f" (95 %: {verdict.low:+.4g} to {verdict.high:+.4g})"
+    return " (too few rows for an interval)" if verdict.outcome is Outcome.inconclusive else ""
 
 
 def _numbers(value: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
@@ -123,61 +122,112 @@ def _numbers(value: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
     return found
 
 
-def _tokens(text: str) -> list[tuple[str, str]]:
-    tokens, position = [], 0
-    while position < len(text.rstrip()):
-        match = TOKEN.match(text, position)
-        if match is None:
-            raise _wrong(text, f"cannot read '{text[position:].strip()}'")
-        assert match.lastgroup is not None
-        tokens.append((match.lastgroup, match[match.lastgroup]))
-        position = match.end()
-    return tokens
+class _Metrics:
+    """What names stand for: `points` by name; `measured`, by name, the model and score whose samples there are."""
+
+    def __init__(self, evidence: Evidence, fixed: Mapping[str, float]):
+        self.evidence = evidence
+        self.points = dict(fixed)
+        for model in evidence.models:
+            self.points |= {f"{model}.{key}": value for key, value in evidence.values(model).items()}
+        self.measured = {f"{model}.{score}": (model, score) for model in evidence.models for score in evidence.scores}
+        pair = ("adapter.general_loss", "base.general_loss")
+        if all(name in self.measured for name in pair):
+            self.points[FORGETTING] = self.points[pair[0]] - self.points[pair[1]]
+            self.measured[FORGETTING] = ("adapter", "general_loss")
+
+    def samples(self, name: str) -> Any:
+        model, score = self.measured[name]
+        samples_R = self.evidence.samples(model, score)
+        return samples_R - self.evidence.samples("base", score) if name == FORGETTING else samples_R
+
+    def problems(self, condition: Comparison | NotWorse) -> list[str]:
+        if isinstance(condition, NotWorse):
+            names, score = [condition.first, condition.second], condition.first.rpartition(".")[2]
+            if score not in METRICS:
+                return [f"whether more of {score} is better is not known; write it with one of {', '.join(OPERATORS)}"]
+        else:
+            factors = [factor for _, product in condition.left + condition.right for factor in product]
+            names = [factor for factor in factors if isinstance(factor, str)]
+        return [self._unknown(name) for name in dict.fromkeys(names) if name not in self.points]
+
+    def _unknown(self, name: str) -> str:
+        nearest = difflib.get_close_matches(name, self.points, n=1, cutoff=0.5)
+        hint = f"did you mean {nearest[0]}? " if nearest else ""
+        return f"no metric is called {name}; {hint}There are {', '.join(sorted(self.points))}."
 
 
-def _sum(text: str, tokens: list[tuple[str, str]]) -> Sum:
-    if tokens and tokens[0] == ("sign", "-"):
-        sign, tokens = -1.0, tokens[1:]
+def _plain(condition: Comparison | NotWorse) -> Comparison:
+    """`A not worse than B by 2` as `A <= B + 2`, or `A >= B - 2` where more is better."""
+    if isinstance(condition, Comparison):
+        return condition
+    higher_is_better = METRICS[condition.first.rpartition(".")[2]].higher_is_better
+    bound: Sum = [(1.0, [condition.second]), (-1.0 if higher_is_better else 1.0, [condition.margin])]
+    return Comparison(condition.text, [(1.0, [condition.first])], ">=" if higher_is_better else "<=", bound)
+
+
+def _judge(condition: Comparison, metrics: _Metrics) -> Verdict:
+    left, right = (_value(side, metrics.points) for side in (condition.left, condition.right))
+    difference = left - right
+    interval = _interval(condition, metrics)
+    known = interval if interval is not None and not math.isnan(interval.low) else None
+    values = [difference, known.low, known.high] if known else [difference]
+    meets = [OPERATORS[condition.comparison](value, 0.0) for value in values]
+    if math.isnan(difference):
+        outcome = Outcome.failed
+    elif interval is not known or any(meets) != all(meets):
+        outcome = Outcome.inconclusive
     else:
-        sign = 1.0
-    terms: Sum = [(sign, [])]
-    expect_operand = True
-    for kind, token in tokens:
-        if expect_operand != (kind != "sign"):
-            wanted = "a number or a metric" if expect_operand else "+, - or *"
-            raise _wrong(text, f"'{token}' stands where {wanted} should")
-        if kind == "sign" and token != "*":
-            terms.append((1.0 if token == "+" else -1.0, []))
-        elif kind != "sign":
-            terms[-1][1].append(float(token) if kind == "number" else token)
-        expect_operand = kind == "sign"
-    if expect_operand:
-        raise _wrong(text, "a number or a metric is missing at the end of a side")
-    return terms
+        outcome = Outcome.passed if all(meets) else Outcome.failed
+    low, high = (known.low, known.high) if known else (None, None)
+    return Verdict(condition.text, left, right, difference, low, high, outcome)
 
 
-def _value(terms: Sum, metrics: Mapping[str, float]) -> float:
-    total = 0.0
+def _interval(condition: Comparison, metrics: _Metrics) -> Interval | None:
+    """Of left - right; None where no sample is in it.
+
+    A proportion, and the difference of one between two models, has an interval of its own (`pipeline.statistics`),
+    scaled and shifted: resamples of 0 right answers of 49 are all 0.
+    """
+    coefficients = _coefficients(condition, metrics)
+    constant = coefficients.pop((), 0.0)
+    if not coefficients:
+        return None
+    names = sorted({name for product in coefficients for name in product})
+    models, all_scores = ([metrics.measured[name][i] for name in names] for i in range(2))
+    score, *others = sorted(set(all_scores))
+    if METRICS[score].is_proportion and not others and max(map(len, coefficients)) == 1:
+        factor = coefficients[(names[0],)]
+        if len(names) == 1:
+            return _shifted(metrics.evidence.estimate(models[0], score).interval, factor, constant)
+        if len(names) == 2 and coefficients[(names[1],)] == -factor:
+            return _shifted(metrics.evidence.compare(models[0], models[1], score).interval, factor, constant)
+    samples = metrics.points | {name: metrics.samples(name) for name in names}
+    differences_R = _value(condition.left, samples) - _value(condition.right, samples)
+    return percentiles(differences_R, min(map(metrics.evidence.num_clusters, all_scores)))
+
+
+def _coefficients(condition: Comparison, metrics: _Metrics) -> dict[tuple[str, ...], float]:
+    """Of left - right, by the measured names of each product; () is the constant."""
+    found: Counter[tuple[str, ...]] = Counter()
+    for side, terms in ((1.0, condition.left), (-1.0, condition.right)):
+        for sign, factors in terms:
+            names = sorted(factor for factor in factors if isinstance(factor, str) and factor in metrics.measured)
+            found[tuple(names)] += side * _value([(sign, [f for f in factors if f not in names])], metrics.points)
+    return {names: coefficient for names, coefficient in found.items() if coefficient != 0}
+
+
+def _shifted(interval: Interval, factor: float, constant: float) -> Interval:
+    low, high = sorted((constant + factor * interval.low, constant + factor * interval.high))
+    return Interval(low, high)
+
+
+def _value(terms: Sum, values: Mapping[str, Any]) -> Any:
+    """Of one side: a number, or float64 [resamples] where the values are."""
+    total: Any = 0.0
     for sign, factors in terms:
-        product = sign
+        product: Any = sign
         for factor in factors:
-            product *= metrics[factor] if isinstance(factor, str) else factor
-        total += product
+            product = product * (values[factor] if isinstance(factor, str) else factor)
+        total = total + product
     return total
-
-
-def _names(condition: Condition) -> list[str]:
-    factors = [factor for _, product in condition.left + condition.right for factor in product]
-    return list(dict.fromkeys(factor for factor in factors if isinstance(factor, str)))
-
-
-def _unknown(name: str, metrics: Mapping[str, float]) -> str:
-    nearest = difflib.get_close_matches(name, metrics, n=1, cutoff=0.5)
-    hint = f"did you mean {nearest[0]}? " if nearest else ""
-    return f"no metric is called {name}; {hint}There are {', '.join(sorted(metrics))}."
-
-
-def _wrong(text: str, problem: str) -> ConfigError:
-    return ConfigError(
-        f"gate.conditions: '{text}': {problem}. Write such as `adapter.exact_match >= base.exact_match + 0.05`."
-    )

@@ -6,6 +6,7 @@ LoRA (arXiv 2106.09685): h = W x + (lora_alpha / r) B A x, with B = 0 at the sta
 import json
 import re
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pipeline.bnb  # noqa: F401  # before peft, which imports bitsandbytes wit
 # isort: split
 import peft
 import torch
+from safetensors import safe_open
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -125,21 +127,46 @@ def _sorted(value: Any) -> Any:
     return sorted(value) if isinstance(value, list) and all(isinstance(v, str) for v in value) else value
 
 
-def load_adapter(model: PreTrainedModel, folder: Path) -> peft.PeftModel:
+def load_adapter(
+    model: PreTrainedModel | peft.PeftModel, folder: Path, adapter_name: str = "default"
+) -> peft.PeftModel:
     """The model with the adapter of `folder`, in eval mode, nothing trainable.
 
+    peft itself leaves out weights for layers that the model lacks, and layers without weights as they are, in silence.
+
+    Args:
+        model: the base; or what this returned, which gets the adapter beside its own (the first one stays on).
+        adapter_name: what peft calls the adapter.
+
     Raises:
-        ModelError: no adapter there, weights that do not fit the model, or NaN in them.
+        ModelError: no adapter there, weights that do not fit the model one to one, or NaN in them.
     """
-    if not (folder / "adapter_model.safetensors").exists():
-        raise ModelError(f"{folder}: no adapter_model.safetensors. Make it with `dvc repro train`.")
+    weights = folder / "adapter_model.safetensors"
+    if not weights.exists():
+        raise ModelError(f"{folder}: no {weights.name}. Make it with `dvc repro train`.")
+    options: dict[str, Any] = {"is_trainable": False, "autocast_adapter_dtype": False}
     try:
-        loaded = peft.PeftModel.from_pretrained(model, str(folder), is_trainable=False, autocast_adapter_dtype=False)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Found missing adapter keys")  # an error, below
+            if isinstance(model, peft.PeftModel):
+                loaded, beside = model, " beside the others"
+                loaded.load_adapter(str(folder), adapter_name, torch_device=str(model.device), **options)
+            else:
+                beside = ""
+                loaded = peft.PeftModel.from_pretrained(model, str(folder), adapter_name, **options)
     except (RuntimeError, ValueError, KeyError) as error:
         raise ModelError(
-            f"{folder}: the adapter does not fit this base ({_first_line(error)}). Was it trained on it?"
+            f"{folder}: the adapter does not fit this base{beside} ({_first_line(error)}). Was it trained on it?"
         ) from None
-    bad = [name for name, p in loaded.named_parameters() if "lora_" in name and not torch.isfinite(p).all()]
+    state = peft.get_peft_model_state_dict(loaded, adapter_name=adapter_name, save_embedding_layers=False)
+    with safe_open(weights, framework="pt") as file:
+        unmatched = sorted(set(file.keys()) ^ set(state))
+    if unmatched:
+        raise ModelError(
+            f"{folder}: the adapter does not fit this base ({len(unmatched)} weights stand on one side alone, such as "
+            f"{unmatched[0]}). Was it trained on it?"
+        )
+    bad = [name for name, tensor in state.items() if not torch.isfinite(tensor).all()]
     if bad:
         raise ModelError(f"{folder}: NaN or infinite values in {bad[0]} and {len(bad) - 1} more. Train it again.")
     return loaded.eval()

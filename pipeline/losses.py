@@ -13,6 +13,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
@@ -96,7 +97,7 @@ def supervised_loss(
     def chunk_loss(hidden_CX: torch.Tensor, targets_C: torch.Tensor) -> torch.Tensor:
         return F.cross_entropy(logits_of(hidden_CX), targets_C, reduction="sum")
 
-    size = max(1, CHUNK_ELEMENTS // _output_head(model).weight.shape[0])
+    size = _chunk_size(model)
     if len(targets_S) <= size:
         return chunk_loss(hidden_SX, targets_S), targets_S.numel()
     chunks = zip(hidden_SX.split(size), targets_S.split(size), strict=True)
@@ -142,6 +143,11 @@ def _head_left_out(head: Any) -> Iterator[list[torch.Tensor]]:
             head.forward = own
 
 
+def _chunk_size(model: torch.nn.Module) -> int:
+    """Positions whose logits are held at once."""
+    return max(1, CHUNK_ELEMENTS // _output_head(model).weight.shape[0])
+
+
 def _output_head(model: torch.nn.Module) -> Any:
     return inner_model(model).get_output_embeddings()
 
@@ -180,15 +186,30 @@ def _chunks_agree(model: torch.nn.Module, packed: bool) -> bool:
 
 
 @torch.no_grad()
-def measure_loss(
+def supervised_nats(model: torch.nn.Module, batch: Batch, plan: ForwardPlan) -> tuple[torch.Tensor, torch.Tensor]:
+    """Nats of every supervised token, float32 [S], and the row of the batch that it stands in, int64 [S]."""
+    positions_S = _predicts(batch).flatten().nonzero().squeeze(1)
+    rows_S = positions_S // batch.input_ids.shape[1]
+    if batch.cu_seq_lens is not None:
+        rows_S = torch.searchsorted(batch.cu_seq_lens[1:], positions_S, right=True)
+    if not plan.chunked:
+        logits_SV, targets_S = supervised_logits(model, batch)
+        return F.cross_entropy(logits_SV, targets_S, reduction="none"), rows_S
+    hidden_SX, targets_S, logits_of = _supervised_hidden(model, batch)
+    size = _chunk_size(model)
+    chunks = zip(hidden_SX.split(size), targets_S.split(size), strict=True)
+    return torch.cat([F.cross_entropy(logits_of(h), t, reduction="none") for h, t in chunks]), rows_S
+
+
+def measure_rows(
     model: torch.nn.Module,
     split: Split,
     batch_size: int,
     pad_token_id: int,
     progress: bool = False,
     plan: ForwardPlan | None = None,
-) -> Loss:
-    """Loss of the model on every row of the split; the model's train or eval mode is put back.
+) -> np.ndarray:
+    """Nats of each row's supervised tokens, float64 [rows]; the model's train or eval mode is put back.
 
     Args:
         plan: of a caller that is inside `plan_forward`; None: found here.
@@ -199,12 +220,25 @@ def measure_loss(
     if not split.num_supervised.sum():
         raise DataError(f"split {split.name}: no supervised token to measure a loss on. Look at metrics/prepare.json.")
     device = next(model.parameters()).device
-    total, count = 0.0, 0
+    nats = np.zeros(len(split))
     with eval_mode(model), plan_forward(model) if plan is None else nullcontext(plan) as plan:
         batches = batches_by_length(split, batch_size, pad_token_id, plan.packed)
         num_batches = math.ceil(int((split.num_supervised > 0).sum()) / batch_size)
         for batch in tqdm(batches, total=num_batches, desc=f"loss on {split.name}", disable=not progress, leave=False):
-            loss, num_tokens = supervised_loss(model, batch.to(device), plan)
-            total += loss.item()
-            count += num_tokens
-    return Loss(total / count, count)
+            nats_S, rows_S = supervised_nats(model, batch.to(device), plan)
+            sums = torch.bincount(rows_S.cpu(), nats_S.double().cpu(), minlength=len(batch.rows))
+            nats[list(batch.rows)] = sums.numpy()
+    return nats
+
+
+def measure_loss(
+    model: torch.nn.Module,
+    split: Split,
+    batch_size: int,
+    pad_token_id: int,
+    progress: bool = False,
+    plan: ForwardPlan | None = None,
+) -> Loss:
+    """Loss of the model on every row of the split; arguments and errors as of `measure_rows`."""
+    nats, count = measure_rows(model, split, batch_size, pad_token_id, progress, plan), int(split.num_supervised.sum())
+    return Loss(float(nats.sum()) / count, count)

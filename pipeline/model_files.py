@@ -18,7 +18,7 @@ CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-SMALL_FILES = ["*.json", "*.jinja", "*.model", "*.txt"]
+SMALL_FILES = ["*.json", "*.jinja", "*.model", "*.txt", "README.md"]
 LEFT_ON_THE_HUB = ["original/*", "consolidated*", "*.gguf"]  # second copies of the weights
 
 
@@ -154,6 +154,12 @@ def weight_files(folder: Path) -> list[Path]:
         f"{folder}: holds no weights (looked for {WEIGHTS} and {INDEX}). Fetch the whole model (with "
         "git: `git lfs pull`)."
     )
+
+
+def weight_bytes(folder: Path) -> int:
+    """Size of the weight files on disk: a model's, or an adapter's."""
+    adapter = folder / "adapter_model.safetensors"
+    return sum(path.stat().st_size for path in ([adapter] if adapter.exists() else weight_files(folder)))
 
 
 def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:

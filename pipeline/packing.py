@@ -30,6 +30,7 @@ NAME = "packed_sdpa"
 UNKNOWN = ("softcap", "s_aux", "position_bias", "head_mask")  # what some architectures want of attention beside scaling
 VARLEN_ARGUMENTS = set(inspect.signature(varlen.varlen_attn).parameters) if varlen is not None else set()
 PROBE_LENGTHS = (5, 9, 3)
+_windows_seen: set[int | None] = set()  # that attention was called with since it was cleared
 
 
 def packed_sdpa(
@@ -54,6 +55,7 @@ def packed_sdpa(
     Raises:
         NotImplementedError: the architecture wants what is not done here.
     """
+    _windows_seen.add(sliding_window)
     wanted = [name for name in UNKNOWN if others.get(name) is not None]
     if wanted or attention_mask is not None:
         raise NotImplementedError(f"packed attention knows no {wanted[0] if wanted else 'attention mask'}")
@@ -93,8 +95,8 @@ def _attend(
     band = None
     if row_attention.takes(query, key, value) and not dropout and (sliding_window or length) >= length:
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        merged = (t.flatten(0, 1) for t in (query, key, value))
-        return row_attention.row_attention(*merged, scale).unflatten(0, query.shape[:2])
+        heads = query.flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1)
+        return row_attention.row_attention(*heads, scale).unflatten(0, query.shape[:2])
     if sliding_window is not None and length > sliding_window:
         ones = torch.ones(length, length, dtype=torch.bool, device=query.device)
         band = ones.tril().triu(1 - sliding_window)
@@ -136,11 +138,25 @@ def packed_attention(model: torch.nn.Module) -> Iterator[bool]:
 
 def _problem(model: torch.nn.Module, expected: torch.Tensor) -> str | None:
     """What keeps the model from taking packed rows: an error, or logits that are not those of the rows alone."""
+    _windows_seen.clear()
     try:
         found = _probe(model, packed=True)
     except (NotImplementedError, TypeError, ValueError, RuntimeError) as error:
         return f"the model fails ({type(error).__name__}: {str(error).strip().splitlines()[0]})"
-    return None if agree(model, found, expected) else "its logits are not those of the rows alone"
+    if not agree(model, found, expected):
+        return "its logits are not those of the rows alone"
+    return _window_in_the_mask(inner_model(model).config.get_text_config())
+
+
+def _window_in_the_mask(config: Any) -> str | None:
+    """A window that attention is not told of, which the probe's short rows cannot show: no mask is made here."""
+    chunk, window = getattr(config, "attention_chunk_size", None), getattr(config, "sliding_window", None)
+    if chunk is not None:
+        return f"its attention in chunks of {chunk} tokens is done by a mask"
+    layers = getattr(config, "layer_types", None) or ["sliding_attention"]
+    if window is not None and window not in _windows_seen and "sliding_attention" in layers:
+        return f"its window of {window} tokens is done by a mask"
+    return None
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from pipeline.dataset import Split
 from pipeline.errors import ConfigError, ModelError
 from pipeline.losses import Loss, measure_loss
 from pipeline.model_files import model_folder, tensor_shapes, weight_files, written_folder
-from pipeline.modeling import load_model, load_model_folder, load_tokenizer, quiet_transformers
+from pipeline.modeling import hash_model, load_model, load_model_folder, load_tokenizer, quiet_transformers
 from pipeline.provenance import package_versions, write_provenance
 from pipeline.quantized_layers import FOUR_BIT, LayerError, dequantize, quantize_model, quantized_layers
 from pipeline.runtime import torch_dtype
@@ -45,7 +45,7 @@ def quantize(
     """
     if quantization.method is QuantizationMethod.none:
         with written_folder(folder, 0) as temporary:
-            write_provenance(temporary, "quantize", model, quantization)
+            write_provenance(temporary, "quantize", model, quantization, base_sha256=hash_model(model))
         return {"method": "none"}, []
     check_bitsandbytes(device)
     tokenizer = load_tokenizer(model)
@@ -62,7 +62,7 @@ def quantize(
     with written_folder(folder, num_bytes(base)) as temporary, quiet_transformers():
         base.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
-        write_provenance(temporary, "quantize", model, quantization)
+        write_provenance(temporary, "quantize", model, quantization, base_sha256=hash_model(model))
     del base
     quantized = load_quantized(folder, quantization, device, trust_remote_code=model.trust_remote_code)
     after = measure_loss(quantized, validation, EVAL_BATCH_SIZE, tokenizer.pad_token_id, progress)

@@ -40,7 +40,7 @@ class _RowAttention(torch.autograd.Function):
     def forward(ctx: Any, query_HLD: torch.Tensor, key_GLD: torch.Tensor, value_GLD: torch.Tensor, scale: float) -> Any:
         num_groups, length, _ = key_GLD.shape
         query_GQD = query_HLD.reshape(num_groups, -1, query_HLD.shape[-1])
-        mask_QL = _causal_mask(length, query_GQD.shape[1] // length, query_HLD.dtype)
+        mask_QL = _causal_mask(query_HLD.dtype)[:length, :length].repeat(query_GQD.shape[1] // length, 1)
         scores_GQL = torch.baddbmm(mask_QL, query_GQD, key_GLD.transpose(1, 2), alpha=scale)
         weights_GQL = torch.softmax(scores_GQL, -1)
         ctx.save_for_backward(query_GQD, key_GLD, value_GLD, weights_GQL)
@@ -67,7 +67,7 @@ def _product(left: torch.Tensor, right_D: torch.Tensor) -> torch.Tensor:
     return torch.bmm(right_D.transpose(1, 2), left.transpose(1, 2)).transpose(1, 2)
 
 
-@functools.lru_cache(maxsize=2 * LONGEST)
-def _causal_mask(length: int, repeats: int, dtype: torch.dtype) -> torch.Tensor:
-    """-inf over the diagonal, [repeats * length, length]; added before the softmax."""
-    return torch.full((length, length), float("-inf"), dtype=dtype).triu(1).repeat(repeats, 1)
+@functools.cache
+def _causal_mask(dtype: torch.dtype) -> torch.Tensor:
+    """-inf over the diagonal, [LONGEST, LONGEST]; its corner is added before the softmax."""
+    return torch.full((LONGEST, LONGEST), float("-inf"), dtype=dtype).triu(1)

@@ -47,7 +47,10 @@ def seed_everything(seed: int) -> None:
 
 
 def use_deterministic_kernels() -> None:
-    """Asks torch for deterministic kernels; where CUDA has none, torch warns and names the operation."""
+    """Asks torch for deterministic kernels; on CUDA it warns of operations without one and runs them.
+
+    The backward pass of fused attention is one of them there: equal bytes are promised on a CPU alone.
+    """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
     # else every new tensor is filled with NaN first

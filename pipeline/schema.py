@@ -47,6 +47,12 @@ class QuantizationMethod(StrEnum):
     none = "none"
 
 
+class Inconclusive(StrEnum):
+    ignore = "ignore"
+    warn = "warn"
+    fail = "fail"
+
+
 class Bias(StrEnum):
     none = "none"
     all = "all"
@@ -213,6 +219,10 @@ class EvaluateConfig:
     generate: bool = MISSING  # false for `text` data, where there is nothing to answer
     max_new_tokens: int = MISSING
     general_max_rows: Optional[int] = MISSING
+    contamination_ngram: int = MISSING  # tokens of an n-gram of a test row that is looked for in the training rows
+    contamination_share: float = MISSING  # of its n-grams, from where on a test row counts as seen in training
+    harness_tasks: list[str] = MISSING  # of the lm-evaluation-harness, on base, quantized and adapter
+    harness_limit: Optional[int] = MISSING  # rows of a task; null: all
 
 
 @dataclass
@@ -228,6 +238,7 @@ class MergeConfig:
 @dataclass
 class GateConfig:
     conditions: list[str] = MISSING  # such as `adapter.loss <= base.loss - 0.1`
+    inconclusive: Inconclusive = MISSING  # what a condition does that the test set cannot decide
 
 
 @dataclass

@@ -15,7 +15,19 @@ def highest_zscore(values: tuple[float, float], recent: Sequence[tuple[float, fl
     return max(_zscore(value, [pair[i] for pair in recent]) for i, value in enumerate(values))
 
 
+def clamped(values: tuple[float, float], recent: Sequence[tuple[float, float]], zscore: float) -> tuple[float, float]:
+    """The step's values, cut down to the z-score: what a spike leaves among the recent ones.
+
+    A single spike hardly moves them; where the training has changed for good, they follow, and spikes end.
+    """
+    limits = [statistics.fmean(column) + zscore * _deviation(column) for column in zip(*recent, strict=True)]
+    return min(values[0], limits[0]), min(values[1], limits[1])
+
+
 def _zscore(value: float, recent: Sequence[float]) -> float:
+    return (value - statistics.fmean(recent)) / _deviation(recent)
+
+
+def _deviation(recent: Sequence[float]) -> float:
     mean = statistics.fmean(recent)
-    deviation = max(statistics.pstdev(recent, mean), LEAST_DEVIATION * abs(mean), 1e-12)
-    return (value - mean) / deviation
+    return max(statistics.pstdev(recent, mean), LEAST_DEVIATION * abs(mean), 1e-12)

@@ -22,9 +22,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import DataError, PipelineError, TrackingError
-from pipeline.provenance import FILE as PROVENANCE
 from pipeline.schema import RunConfig, RuntimeConfig
-from pipeline.tracking_records import FOLDERS, STAGES, Record, read_record
+from pipeline.tracking_records import PROVENANCES, REPORTS, STAGES, Record, read_record
 from pipeline.tracking_runs import RunRecord, describe_datasets, describe_training, read_environment
 from pipeline.tracking_store import open_store, outbox, redact, sqlite_path, store_uri, unusable
 from pipeline.tracking_view import address
@@ -74,9 +73,9 @@ def record_stage(stage: str, runtime: RuntimeConfig, folder: Path) -> str | None
     """Sends what a stage has just written; what cannot be sent waits in the outbox. Never raises.
 
     Args:
-        stage: train, evaluate, merge or gate.
+        stage: train, evaluate, merge, gate (whose record the report stage writes) or harness.
         runtime: `runtime.tracking` false: nothing is done.
-        folder: the stage's outputs (`metrics/STAGE.json`, `reports/STAGE`; of train also `models/`).
+        folder: the stage's outputs (`metrics/STAGE.json`, its reports; of train also `models/`).
 
     Returns:
         The run id in the store, or None when nothing was sent.
@@ -143,9 +142,9 @@ def _keep(folder: Path, stage: str, run: RunRecord, error: Exception) -> None:
     text = str(error if isinstance(error, PipelineError) else unusable(store_uri(), error))
     target = outbox() / run.fingerprint / stage
     unfinished = target.with_name(f".{stage}.{os.getpid()}")
-    names = [f"metrics/{stage}.json", FOLDERS[stage]]
-    if stage == "merge":  # not the merged model itself
-        names[1] += f"/{PROVENANCE}"
+    names = [f"metrics/{stage}.json", *REPORTS[stage]]
+    if stage in PROVENANCES:
+        names.append(PROVENANCES[stage])
     if stage == "train":
         names.append(ADAPTER)
     try:

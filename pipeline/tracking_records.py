@@ -18,12 +18,26 @@ from pipeline.provenance import FILE as PROVENANCE
 from pipeline.tracking_runs import RunRecord, flatten, format_value
 from pipeline.workspace import ADAPTER, MERGED, RUN
 
-STAGES = ("train", "evaluate", "merge", "gate")
-FOLDERS = {"train": "reports/train", "evaluate": "reports/evaluate", "merge": MERGED, "gate": "reports/gate"}
+STAGES = ("train", "evaluate", "merge", "gate", "harness")
+PROVENANCES = {
+    "evaluate": f"reports/evaluate/{PROVENANCE}",
+    "merge": f"{MERGED}/{PROVENANCE}",
+    "harness": f"reports/harness/{PROVENANCE}",
+}
+PREDICTIONS = "reports/evaluate/predictions.jsonl"
+SCORES = "reports/evaluate/scores.json"
+HARNESS = "reports/evaluate/harness.json"
+REPORTS = {  # files and folders that a stage leaves beside its metrics
+    "train": ("reports/train",),
+    "evaluate": (PREDICTIONS, "reports/evaluate/items.jsonl", "reports/evaluate/contamination.jsonl", HARNESS),
+    "merge": ("reports/merge", f"{MERGED}/README.md"),
+    "gate": ("reports/evaluate/index.html", "reports/evaluate/index.md", "reports/evaluate/figures", SCORES),
+    "harness": ("reports/harness/results.json",),  # not its tasks, which hold the test split
+}
 HISTORY = "reports/train/history.jsonl"
 SYSTEM = "reports/train/system.jsonl"
-PREDICTIONS = "reports/evaluate/predictions.jsonl"
 NUM_SAMPLES = 100
+EVALUATED = ("base", "quantized", "adapter")  # of the evaluate stage; others are of the merge
 
 
 @dataclass(frozen=True)
@@ -94,12 +108,13 @@ def _belongs(folder: Path, stage: str, record: Record) -> bool:
         return True
     if stage == "gate":
         return _gate_belongs(folder, record)
-    path = folder / FOLDERS[stage] / PROVENANCE
+    path = folder / PROVENANCES[stage]
     measured = read_json(path).get("adapter_sha256") if path.exists() else None
     if measured is None:
         record.left_out.append(f"{stage}: {path} does not name its adapter")
     elif not (folder / ADAPTER).exists() or measured != hash_path(folder / ADAPTER):
-        record.left_out.append(f"{stage}: its files are of another adapter (run `dvc repro`)")
+        remedy = "python -m pipeline.harness" if stage == "harness" else "dvc repro"
+        record.left_out.append(f"{stage}: its files are of another adapter (run `{remedy}`)")
     else:
         return True
     return False
@@ -128,9 +143,8 @@ def _add_metrics(record: Record, stage: str, metrics: Mapping[str, Any]) -> None
 
 
 def _add_settings(record: Record, folder: Path, stage: str) -> None:
-    path = folder / FOLDERS[stage] / PROVENANCE
-    if stage != "train" and path.exists():
-        settings = read_json(path).get("settings", {}).get(stage, {})
+    if stage in PROVENANCES and (folder / PROVENANCES[stage]).exists():
+        settings = read_json(folder / PROVENANCES[stage]).get("settings", {}).get(stage, {})
         record.tags |= {key: format_value(value) for key, value in flatten(settings, f"{stage}.")}
 
 
@@ -161,16 +175,27 @@ def _points(event: Mapping[str, Any], timestamp: int) -> list[Point]:
 
 
 def _add_reports(record: Record, folder: Path, stage: str) -> None:
-    if stage == "merge":
-        return
-    for file in sorted(p for p in (folder / FOLDERS[stage]).rglob("*") if p.is_file()):
-        name = file.relative_to(folder).as_posix()
-        if name == PREDICTIONS:
-            with file.open(encoding="utf-8") as lines:
-                head = [line for _, line in zip(range(NUM_SAMPLES), lines, strict=False)]
-            record.texts[f"samples/predictions_first_{NUM_SAMPLES}.jsonl"] = "".join(head)
-        elif name != SYSTEM:
-            record.artifacts[name] = file
+    for path in (folder / name for name in REPORTS[stage]):
+        files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+        for file in files:
+            name = file.relative_to(folder).as_posix()
+            if name == PREDICTIONS:
+                with file.open(encoding="utf-8") as lines:
+                    head = [line for _, line in zip(range(NUM_SAMPLES), lines, strict=False)]
+                record.texts[f"samples/predictions_first_{NUM_SAMPLES}.jsonl"] = "".join(head)
+            elif name != SYSTEM:
+                record.artifacts[name] = file
+    if stage == "gate" and (folder / SCORES).exists():
+        _add_intervals(record, read_json(folder / SCORES)["estimates"])
+
+
+def _add_intervals(record: Record, estimates: Mapping[str, Mapping[str, Mapping[str, float | None]]]) -> None:
+    """`evaluate.adapter.loss_low` and `_high` beside `evaluate.adapter.loss`, of what is known."""
+    for model, scores in estimates.items():
+        stage = "evaluate" if model in EVALUATED else "merge"
+        for score, estimate in scores.items():
+            ends = {f"{stage}.{model}.{score}_{end}": estimate[end] for end in ("low", "high")}
+            record.values |= {key: value for key, value in ends.items() if value is not None}
 
 
 def _nest_settings(record: Record) -> None:

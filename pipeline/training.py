@@ -9,6 +9,7 @@ import dataclasses
 import logging
 import math
 import resource
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import GradientAccumulationPlugin
 from tqdm import tqdm
 
 from pipeline.batching import Batch, collate
@@ -31,7 +33,7 @@ from pipeline.packing import inner_model
 from pipeline.parents import find_starter
 from pipeline.rng import rng_state, set_rng_state, set_torch_rng_state, torch_rng_state
 from pipeline.schema import Keep, OnSpike, TrainConfig
-from pipeline.spikes import SPIKE_WINDOW, highest_zscore
+from pipeline.spikes import SPIKE_WINDOW, clamped, highest_zscore
 from pipeline.stopping import StopRequest
 
 logger = logging.getLogger(__name__)
@@ -46,6 +48,7 @@ class Progress:
 
     micro_batch_size: int  # rows a forward: as set, or halved where memory ran out
     gradient_checkpointing: bool
+    eval_batch_size: int  # rows a forward of the validation: at first twice the micro-batch
     step: int = 0
     stopped_early: bool = False
     history: list[dict[str, float]] = field(default_factory=list)
@@ -56,7 +59,7 @@ class Progress:
     best_step: int = 0
     best_loss: float = math.inf
     validations_since_best: int = 0
-    recent: list[tuple[float, float]] = field(default_factory=list)  # loss and gradient norm of steps without a spike
+    recent: list[tuple[float, float]] = field(default_factory=list)  # loss and gradient norm, spikes cut down
     num_spikes: int = 0
 
 
@@ -99,7 +102,11 @@ class Trainer:
     ):
         AcceleratorState._reset_state(reset_partial_state=True)  # one process may train twice, with other precision
         on_cpu = next(model.parameters()).device.type == "cpu"
-        self.accelerator = Accelerator(mixed_precision=PRECISIONS[settings.mixed_precision], cpu=on_cpu)
+        self.accelerator = Accelerator(
+            mixed_precision=PRECISIONS[settings.mixed_precision],
+            cpu=on_cpu,
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # else the environment may set it
+        )
         self.trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.num_steps = num_steps(settings, len(train_split))
         self.model, self.optimizer = self.accelerator.prepare(
@@ -113,7 +120,8 @@ class Trainer:
             on_event,
             progress_bar,
         )
-        self.progress = Progress(settings.micro_batch_size, settings.gradient_checkpointing)
+        size = settings.micro_batch_size
+        self.progress = Progress(size, settings.gradient_checkpointing, eval_batch_size=2 * size)
         self.plan = ForwardPlan()
         self.longest_fitted = 0
         self.best_weights: dict[str, torch.Tensor] = {}
@@ -170,12 +178,15 @@ class Trainer:
         limit = settings.max_grad_norm or math.inf
         grad_norm = float(self.accelerator.clip_grad_norm_(list(self.trainable.values()), limit))
         event = {"train.loss": step_loss, "train.grad_norm": grad_norm}
-        if self._overflowed(step_loss, grad_norm):
+        overflowed = self._overflowed(step_loss, grad_norm)
+        if overflowed:
             event["train.grad_norm"] = grad_norm = 0.0  # of the update that is made: none
         check_finite(step_loss, grad_norm, progress.step + 1, split, rows)
         event["train.learning_rate"] = float(self.scheduler.get_last_lr()[0])
-        if self._update_is_wanted(step_loss, grad_norm, event):
-            self.optimizer.step()
+        if overflowed or not num_tokens or self._update_is_wanted(step_loss, grad_norm, event):
+            self._update()
+        elif self.accelerator.scaler is not None:
+            self.accelerator.scaler.update()  # as the optimizer's step would
         self.scheduler.step()
         self.optimizer.zero_grad()
         progress.step += 1
@@ -184,6 +195,18 @@ class Trainer:
         progress.supervised_tokens_seen += num_tokens
         progress.losses.append(step_loss)
         self._record(event)
+
+    def _update(self) -> None:
+        try:
+            self.optimizer.step()
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise TrainingError(
+                f"{self.accelerator.device}: out of memory at step {self.progress.step + 1}, in the optimizer "
+                f"({str(error).strip().splitlines()[0]}). Its states take twice the trainable weights: lower lora.r, "
+                "or set train.optimizer=paged_adamw_8bit."
+            ) from None
 
     def _accumulate(self, rows: list[int], num_tokens: int) -> float:
         """The step's gradient, summed over its micro-batches; its loss in nats a supervised token."""
@@ -198,7 +221,9 @@ class Trainer:
         return step_loss
 
     def _fitting(self, work: Callable[[], T]) -> T:
-        """The work's result; where memory runs out it is done again from its start in smaller pieces: the same result.
+        """The work's result; where memory runs out it is done again from its start in smaller pieces.
+
+        The result is the same, but for dropout in another cut of the step.
 
         Raises:
             TrainingError: one row at a time, with activations recomputed, is still too much.
@@ -218,11 +243,10 @@ class Trainer:
         """Halves the micro-batch, then recomputes activations."""
         progress = self.progress
         self.optimizer.zero_grad()
-        if self.accelerator.device.type == "cuda":
-            torch.cuda.empty_cache()
+        self._free_memory()
         if progress.micro_batch_size > 1:
             progress.micro_batch_size = math.ceil(progress.micro_batch_size / 2)
-            now = f"micro-batches of {progress.micro_batch_size} rows, more of them: the same result"
+            now = f"micro-batches of {progress.micro_batch_size} rows, more of them: the same result but for dropout"
         elif not progress.gradient_checkpointing:
             progress.gradient_checkpointing = True
             self._checkpoint_activations()
@@ -249,19 +273,22 @@ class Trainer:
     def _update_is_wanted(self, step_loss: float, grad_norm: float, event: dict[str, float]) -> bool:
         """Looks for a spike and does to the gradient what `train.on_spike` says; False: no update."""
         progress, settings = self.progress, self.settings
-        zscore = highest_zscore((step_loss, grad_norm), progress.recent)
-        if settings.spike_zscore is None or zscore <= settings.spike_zscore:
-            progress.recent = [*progress.recent[1 - SPIKE_WINDOW :], (step_loss, grad_norm)]
+        values, recent, limit = (step_loss, grad_norm), progress.recent, settings.spike_zscore
+        zscore = highest_zscore(values, recent)
+        is_spike = limit is not None and zscore > limit
+        kept = clamped(values, recent, limit) if limit is not None and is_spike else values
+        progress.recent = [*recent[1 - SPIKE_WINDOW :], kept]
+        if not is_spike:
             return True
         progress.num_spikes += 1
         event["train.spike_zscore"] = zscore
         logger.warning(
             "step %d: spike: loss %.4f, gradient norm %.4g, %.1f deviations over the last %d (train.on_spike: %s)",
-            progress.step + 1, step_loss, grad_norm, zscore, len(progress.recent), settings.on_spike,
+            progress.step + 1, step_loss, grad_norm, zscore, len(recent), settings.on_spike,
         )  # fmt: skip
         if settings.on_spike is OnSpike.clip:
-            usual = sum(norm for _, norm in progress.recent) / len(progress.recent)
-            self.accelerator.clip_grad_norm_(list(self.trainable.values()), usual)
+            usual = statistics.fmean(norm for _, norm in recent)
+            torch.nn.utils.clip_grad_norm_(list(self.trainable.values()), usual)  # the scaler's scale is off already
         return settings.on_spike is not OnSpike.skip
 
     def _overflowed(self, step_loss: float, grad_norm: float) -> bool:
@@ -280,7 +307,7 @@ class Trainer:
     def _validate(self) -> None:
         """Measures, remembers the best, and decides whether to stop early."""
         progress, settings = self.progress, self.settings
-        result = self._fitting(self._measure)
+        result = self._measure()
         if not math.isfinite(result.loss):
             raise TrainingError(
                 f"step {progress.step}: the validation loss is {result.loss}. At step 0 the base itself overflows: "
@@ -300,11 +327,36 @@ class Trainer:
         )
 
     def _measure(self) -> Loss:
-        batch_size = 2 * self.progress.micro_batch_size
-        with self.accelerator.autocast():
-            return measure_loss(
-                self.model, self.validation_split, batch_size, self.pad_token_id, self.progress_bar, self.plan
-            )
+        """The validation loss, in smaller batches where memory runs out: the same result.
+
+        Raises:
+            TrainingError: one row at a time is too much.
+        """
+        while True:
+            size = self.progress.eval_batch_size
+            try:
+                with self.accelerator.autocast():
+                    return measure_loss(
+                        self.model, self.validation_split, size, self.pad_token_id, self.progress_bar, self.plan
+                    )
+            except (torch.OutOfMemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                reason = str(error).strip().splitlines()[0]
+            self._free_memory()
+            if size == 1:
+                raise TrainingError(
+                    f"{self.accelerator.device}: out of memory in validation at step {self.progress.step} with one row "
+                    f"at a time ({reason}). The longest row has {int(self.validation_split.lengths.max())} tokens. "
+                    "Lower data.max_length, or take less for the base (train.method=qlora, "
+                    "runtime.keep_quantized=always)."
+                )
+            self.progress.eval_batch_size = math.ceil(size / 2)
+            logger.warning("out of memory in validation (%s): batches of %d rows", reason, math.ceil(size / 2))
+
+    def _free_memory(self) -> None:
+        if self.accelerator.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _record(self, event: dict[str, float]) -> None:
         self.progress.history.append({"step": self.progress.step, **event})
@@ -328,8 +380,10 @@ class Trainer:
         self.best_weights = {n.removeprefix("best."): t for n, t in checkpoint.tensors.items() if n.startswith("best.")}
         self.optimizer.load_state_dict(checkpoint.state["optimizer"])
         self.scheduler.load_state_dict(checkpoint.state["scheduler"])
-        if self.accelerator.scaler is not None:
+        if self.accelerator.scaler is not None and "scaler" in checkpoint.state:
             self.accelerator.scaler.load_state_dict(checkpoint.state["scaler"])
+        elif self.accelerator.scaler is not None:
+            logger.warning("the checkpoint is of a device without a loss scale: it starts anew")
         set_rng_state(checkpoint.state["rng"])
         self.progress = Progress(**checkpoint.numbers)
         for event in self.progress.history:

@@ -38,6 +38,10 @@ def problems(config: RunConfig) -> list[str]:
     found += _at_least("evaluate.batch_size", evaluate.batch_size, 1)
     found += _at_least("evaluate.max_new_tokens", evaluate.max_new_tokens, 1)
     found += _at_least("evaluate.general_max_rows", evaluate.general_max_rows, 1)
+    found += _at_least("evaluate.contamination_ngram", evaluate.contamination_ngram, 1)
+    found += _at_least("evaluate.harness_limit", evaluate.harness_limit, 1)
+    if not 0 < evaluate.contamination_share <= 1:
+        found.append(f"evaluate.contamination_share: {evaluate.contamination_share} is not over 0 and at most 1")
     found += _at_least("merge.parity_num_tokens", merge.parity_num_tokens, 1)
     found += _between("merge.parity_max_mean_kl", merge.parity_max_mean_kl, 0, 1)
     found += _between("merge.parity_min_top1_agreement", merge.parity_min_top1_agreement, 0, 1)

@@ -38,20 +38,21 @@ def run(config: RunConfig, workspace: Workspace) -> None:
     record = tracking.training_record(config, key, inputs, processed)
     reports = workspace.output("reports/train/history.jsonl").parent
     with store.locked(key) as folder, tracking.open_run(record, config.runtime) as live:
+        runtime = config.runtime
+        checkpoints = Checkpoints(folder / "checkpoints", runtime.checkpoint_steps, runtime.checkpoints_kept)
         result = store.finished(folder)
         if result is not None:
             logger.info("taken from .training/%s: these settings, data, base and code were trained before", key[:12])
         else:
             target = store.new_adapter_folder(folder)
-            runtime = config.runtime
-            checkpoints = Checkpoints(folder / "checkpoints", runtime.checkpoint_steps, runtime.checkpoints_kept)
             metrics, history = finetune(config, processed, quantized, target, checkpoints, device, live.log)
             result = {"metrics": metrics, "history": history, "inputs": inputs}
             store.finish(folder, result)
-            checkpoints.clear()
+        checkpoints.clear()  # a finished one may have been killed before this line
         adapter = workspace.output(ADAPTER)
         copy_folder(folder / "adapter", adapter)
-        write_provenance(adapter, "train", config.train, config.lora, config.quantization, config.model, config.data)
+        groups = (config.train, config.lora, config.quantization, config.model, config.data)
+        write_provenance(adapter, "train", *groups, base_sha256=base_hash, data_sha256=inputs["data"])
         run_id = live.close(system_file=reports / "system.jsonl")
     write_json(workspace.output("metrics/train.json"), {**result["metrics"], "fingerprint": key})
     write_jsonl(reports / "history.jsonl", result["history"])

@@ -2,11 +2,12 @@
 
 import random
 
+import numpy as np
 import pytest
 import sacrebleu
 from rouge_score.rouge_scorer import RougeScorer
 
-from pipeline.scoring import UnicodeWords, bleu, rouge_l
+from pipeline.scoring import UnicodeWords, bleu_of_sums, bleu_sums, rouge_l
 
 WORDS = [
     "the",
@@ -30,6 +31,14 @@ WORDS = [
 def sentences(count: int, seed: int) -> list[str]:
     generator = random.Random(seed)
     return [" ".join(generator.choices(WORDS, k=generator.randint(4, 14))) for _ in range(count)]
+
+
+def sums_of(predictions: list[str], rows: list[list[str]]) -> np.ndarray:
+    return np.array([bleu_sums(*row) for row in zip(predictions, rows, strict=True)])
+
+
+def bleu(predictions: list[str], rows: list[list[str]]) -> float:
+    return float(bleu_of_sums(sums_of(predictions, rows).sum(axis=0)))
 
 
 def test_rouge_l_is_rouge_scores_on_ascii_text():
@@ -59,14 +68,47 @@ def test_bleu_is_sacrebleus(num_references):
     assert bleu(predictions, rows[1:] + rows[:1]) != pytest.approx(expected, abs=1e-9)
 
 
-def test_bleu_of_unequal_references_sums_the_statistics_of_each_row():
-    """Corpus BLEU is a function of counts summed over rows: taken from sacrebleu a row at a time."""
-    predictions = sentences(12, 10)
+def streams_of(rows: list[list[str]]) -> list[list[str | None]]:
+    """The k-th reference of every row, as sacrebleu wants them; None marks a row that has fewer."""
+    return [[row[k] if k < len(row) else None for row in rows] for k in range(max(map(len, rows)))]
+
+
+def test_bleu_of_resamples_is_sacrebleus_with_unequal_references():
+    """Every third answer is empty, some are of few words: counts of 0 and no n-grams of an order at all."""
+    predictions = [text if i % 3 else "" for i, text in enumerate(sentences(12, 10))]
+    predictions[1], predictions[5] = "nothing alike", "the"
     rows = [sentences(1 + i % 4, 20 + i) for i in range(12)]
-    metric = sacrebleu.BLEU()
-    pairs = zip(predictions, rows, strict=True)
-    counts = [metric._extract_corpus_statistics([p], [[r] for r in row])[0] for p, row in pairs]
-    expected = metric._aggregate_and_compute(counts).score
-    assert bleu(predictions, rows) == pytest.approx(expected, abs=1e-9)
+    sums, generator, scores = sums_of(predictions, rows), np.random.default_rng(0), []
+    for size in [1, 2, 3, 12] * 20:
+        drawn = generator.integers(0, 12, size)
+        chosen = [rows[i] for i in drawn]
+        expected = sacrebleu.corpus_bleu([predictions[i] for i in drawn], streams_of(chosen)).score
+        scores.append(expected)
+        assert float(bleu_of_sums(sums[drawn].sum(axis=0))) == pytest.approx(expected, rel=1e-12, abs=1e-12)
+    assert sum(score == 0 for score in scores) > 5
+    assert sum(score > 0 for score in scores) > 30
     first_only = [row[:1] for row in rows]
-    assert bleu(predictions, first_only) != pytest.approx(expected, abs=1e-9)
+    assert bleu(predictions, first_only) != pytest.approx(bleu(predictions, rows), abs=1e-9)
+    several = bleu_of_sums(np.stack([sums, sums[::-1]]).cumsum(axis=1))  # of any shape
+    assert several.shape == (2, 12)
+    assert several[0, -1] == pytest.approx(bleu(predictions, rows))
+
+
+@pytest.mark.parametrize(
+    ("prediction", "references", "num_zero"),
+    [
+        ("the cat sat on a mat", ["the cat sat under one mat"], 1),  # no 4-gram matches
+        ("the cat lay on a mat", ["cat the on lay mat a"], 3),  # words alone
+        ("x y z w", ["a b c d"], 4),
+        ("the cat sat", ["the cat sat"], 1),  # no 4-gram at all
+        ("", ["a b c d"], 4),
+    ],
+)
+def test_smoothing_of_zero_counts_is_sacrebleus(prediction, references, num_zero):
+    sums = np.array(bleu_sums(prediction, references))
+    assert (sums[:4] == 0).sum() == num_zero
+    expected = sacrebleu.corpus_bleu([prediction], [references]).score
+    assert float(bleu_of_sums(sums)) == pytest.approx(expected, rel=1e-12, abs=1e-12)
+    if expected:
+        unsmoothed = sacrebleu.corpus_bleu([prediction], [references], smooth_method="none").score
+        assert unsmoothed != pytest.approx(expected)

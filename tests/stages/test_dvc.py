@@ -9,7 +9,7 @@ import pytest
 from pipeline.imports import ROOT, imported_files, with_code_deps
 from tests.conftest import Project, copy_project
 
-STAGES = ["check", "prepare", "quantize", "train", "evaluate", "merge", "gate"]
+STAGES = ["check", "prepare", "quantize", "train", "evaluate", "merge", "report", "gate"]
 
 
 def ran(output: str) -> list[str]:
@@ -68,7 +68,7 @@ def test_a_second_repro_does_nothing_in_under_3_seconds(project: Project) -> Non
 
 def test_an_experiment_rebuilds_what_it_changes_and_a_change_back_trains_nothing(project: Project) -> None:
     output = project.run("dvc exp run -S lora.r=16")
-    assert ran(output) == ["check", "train", "evaluate", "merge", "gate"]
+    assert ran(output) == ["check", "train", "evaluate", "merge", "report", "gate"]
     assert json.loads((project.folder / "models/adapter/adapter_config.json").read_text())["r"] == 16
     output = project.run("dvc exp run")
     assert "train" not in ran(output)
@@ -76,8 +76,27 @@ def test_an_experiment_rebuilds_what_it_changes_and_a_change_back_trains_nothing
     assert "lora.r" in project.run("dvc exp show --csv").splitlines()[0]
 
 
-def test_a_merge_setting_reruns_merge_and_gate_alone(project: Project) -> None:
-    assert [s for s in ran(project.run("dvc exp run -S merge.dtype=bfloat16")) if s != "check"] == ["merge", "gate"]
+def test_a_merge_setting_reruns_the_merge_and_what_follows(project: Project) -> None:
+    output = project.run("dvc exp run -S merge.dtype=bfloat16")
+    assert [stage for stage in ran(output) if stage != "check"] == ["merge", "report", "gate"]
+    project.run("git checkout -q . && dvc checkout -q")
+
+
+def test_a_failed_gate_fails_the_repro_and_loses_nothing(project: Project) -> None:
+    project.edit("conf/gate/none.yaml", "conditions: []", "conditions: [adapter.loss <= 0.5 * base.loss]")
+    project.run("python -m pipeline.config")
+    output = project.run("dvc repro", ok=False)
+    assert ran(output) == ["check", "report", "gate"]
+    assert "1 of 1 conditions failed" in output
+    assert "FAILED  adapter.loss <= 0.5 * base.loss" in output
+    assert "Traceback" not in output
+    status = project.run("dvc status")
+    assert "gate:" in status
+    assert "report:" not in status  # committed
+    assert "NOT passed" in (project.folder / "reports/evaluate/index.html").read_text()
+    project.run("""dvc exp run -n kept -S 'gate.conditions=["adapter.loss <= 0.4 * base.loss"]'""")
+    assert metrics(project, "gate")["passed"] is False
+    assert "kept" in project.run("dvc exp list --name-only")
     project.run("git checkout -q . && dvc checkout -q")
 
 

@@ -10,13 +10,17 @@ from tokenizers.decoders import Fuse
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
-from pipeline.dataset import Example, write_split
-from pipeline.errors import DataError
-from pipeline.evaluation import evaluate_model, forgetting
-from pipeline.evaluation_reports import join_rows, scores_csv, write_reports
+from pipeline.dataset import Example, load_split, write_split
+from pipeline.errors import DataError, ModelError
+from pipeline.evaluation import evaluate_model, join_answers, measure_contamination
+from pipeline.evidence import Evidence, join_items
+from pipeline.losses import measure_loss
 from pipeline.schema import EvaluateConfig
 
-EVALUATE = EvaluateConfig(max_rows=None, batch_size=3, generate=True, max_new_tokens=5, general_max_rows=None)
+EVALUATE = EvaluateConfig(
+    max_rows=None, batch_size=3, generate=True, max_new_tokens=5, general_max_rows=None, contamination_ngram=13, harness_tasks=[], harness_limit=None,
+    contamination_share=0.8,
+)  # fmt: skip
 KEYS = {"loss", "perplexity", "num_tokens", "general_loss", "general_num_tokens"}
 TASK_KEYS = {"exact_match", "rouge_l", "bleu"}
 
@@ -42,8 +46,10 @@ def write_processed(folder, references: list[list[str]]) -> None:
 
 
 def evaluate(model, tokenizer, folder, **changes):
+    """The scores and the answers."""
     settings = EvaluateConfig(**{**vars(EVALUATE), **changes})
-    return evaluate_model(model, tokenizer, folder, settings, name="base", progress=False)
+    found = evaluate_model(model, tokenizer, folder, settings, name="base", progress=False)
+    return Evidence(join_items({"base": found}), num_resamples=1).values("base"), found.answers
 
 
 def test_every_row_is_kept_and_scored(tiny_llama, tokenizer, tmp_path):
@@ -103,8 +109,24 @@ def test_a_missing_split_is_named(tiny_llama, tokenizer, tmp_path):
         evaluate(tiny_llama, tokenizer, tmp_path)
 
 
-def test_forgetting_is_the_rise_of_the_general_loss():
-    assert forgetting({"general_loss": 2.0, "loss": 9.0}, {"general_loss": 2.5, "loss": 1.0}) == 0.5
+def test_the_loss_of_rows_is_the_loss_of_the_split(tiny_llama, tokenizer, tmp_path):
+    write_processed(tmp_path, [["w5"], ["w6"], ["w7"], ["w8"]])
+    found = evaluate_model(tiny_llama, tokenizer, tmp_path, EVALUATE, name="base", progress=False)
+    test = load_split(tmp_path, "test")
+    for i, item in enumerate(found.test):
+        alone = tiny_llama(torch.tensor(test.input_ids(i))[None].long()).logits[0, :-1].double().log_softmax(-1)
+        targets = torch.tensor(test.input_ids(i)[1:]).long()
+        nats = -alone[torch.arange(len(targets)), targets][torch.tensor(test.completion_mask(i)[1:]).bool()].sum()
+        assert item["sums"]["loss"] == [pytest.approx(float(nats), rel=1e-5), int(test.num_supervised[i])]
+    total = sum(item["sums"]["loss"][0] for item in found.test)
+    assert measure_loss(tiny_llama, test, 3, 0).loss == pytest.approx(total / int(test.num_supervised.sum()))
+
+
+def test_rows_of_one_prompt_are_one_cluster(tiny_llama, tokenizer, tmp_path):
+    write_processed(tmp_path, [["w5"], ["w6"]])
+    found = evaluate_model(tiny_llama, tokenizer, tmp_path, EVALUATE, name="base", progress=False)
+    assert found.test[0]["cluster"] == found.test[1]["cluster"]
+    assert len({item["cluster"] for item in found.general}) == 3  # without a prompt each stands alone
 
 
 def answer(row: int, prediction: str, rouge: float) -> dict:
@@ -112,25 +134,35 @@ def answer(row: int, prediction: str, rouge: float) -> dict:
     return shared | {"prediction": prediction, "ended": True, "exact_match": False, "rouge_l": rouge}
 
 
-def test_reports(tmp_path):
-    rows = {"base": [answer(1, "x", 0.1), answer(2, "y", 0.5)], "adapter": [answer(1, "r", 0.9), answer(2, "z", 0.2)]}
-    scores = {name: {"loss": 2.0, "exact_match": 0.5, "bleu": 10.0, "general_loss": 3.0} for name in rows}
-    write_reports(tmp_path, scores, rows)
-    lines = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
-    assert lines == join_rows(rows)
-    assert lines[0]["row_id"] == "test.jsonl:1"
-    assert [lines[0][name]["prediction"] for name in ("base", "adapter")] == ["x", "r"]
-    assert "prediction" not in lines[0]
-    assert scores_csv(scores).splitlines() == [
-        "model,loss,exact_match,bleu,general_loss", "base,2.0,0.5,10.0,3.0", "adapter,2.0,0.5,10.0,3.0",
-    ]  # fmt: skip
-    pictures = {name: (tmp_path / name).read_bytes() for name in ("scores.png", "improvement.png")}
-    assert all(data.startswith(b"\x89PNG") for data in pictures.values())
-    write_reports(tmp_path / "again", scores, rows)
-    assert all((tmp_path / "again" / name).read_bytes() == data for name, data in pictures.items())
+def test_answers_of_all_models_side_by_side():
+    answers = {
+        "base": [answer(1, "x", 0.1), answer(2, "y", 0.5)],
+        "adapter": [answer(1, "r", 0.9), answer(2, "z", 0.2)],
+    }
+    rows = join_answers(answers)
+    assert [row["row_id"] for row in rows] == ["test.jsonl:1", "test.jsonl:2"]
+    assert [rows[0][name]["prediction"] for name in ("base", "adapter")] == ["x", "r"]
+    assert "prediction" not in rows[0]
 
 
-def test_reports_without_answers(tmp_path):
-    write_reports(tmp_path, {"base": {"loss": 2.0}, "adapter": {"loss": 1.0}}, {"base": [], "adapter": []})
-    assert (tmp_path / "predictions.jsonl").read_text() == ""
-    assert not (tmp_path / "improvement.png").exists()
+@pytest.mark.parametrize("is_seen", [True, False])
+def test_a_test_row_seen_in_training_is_named(tmp_path, caplog, is_seen):
+    write_processed(tmp_path, [["w5"], ["w6"]])
+    test = load_split(tmp_path, "test")
+    ids = test.input_ids(1).tolist() if is_seen else list(range(3, 12))
+    mask = test.completion_mask(1).tolist() if is_seen else [0] * 4 + [1] * 5
+    write_split(tmp_path / "train.arrow", [Example("train.jsonl:7", ids, mask, 4, "a prompt", ["w6"])])
+    counts = measure_contamination(tmp_path, EVALUATE, tmp_path / "contamination.jsonl")
+    assert counts == {"num_rows": 2, "num_seen": int(is_seen), "num_exact": int(is_seen)}
+    rows = [json.loads(line) for line in (tmp_path / "contamination.jsonl").read_text().splitlines()]
+    assert [row["row_id"] for row in rows if row["seen"]] == ["test.jsonl:2"] * is_seen
+    assert ("1 of 2 test rows were seen in training (1 exactly)" in caplog.text) is is_seen
+    assert not is_seen or rows[1]["train_row_id"] == "train.jsonl:7"
+
+
+def test_a_model_that_overflows_is_named_with_the_row(tiny_llama, tokenizer, tmp_path):
+    write_processed(tmp_path, [["w5"], ["w6"]])
+    with torch.no_grad():
+        tiny_llama.model.norm.weight.fill_(float("inf"))
+    with pytest.raises(ModelError, match=r"base: the loss of 2 of 2 test rows is not finite, first of test\.jsonl:1"):
+        evaluate(tiny_llama, tokenizer, tmp_path)

@@ -3,9 +3,11 @@
 import json
 from pathlib import Path
 
+import peft
 import pytest
 import torch
-from transformers import Gemma3Config, Gemma3ForConditionalGeneration, LlamaForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import Gemma3Config, Gemma3ForConditionalGeneration, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 from pipeline.config import compose_config
 from pipeline.errors import ConfigError, ModelError
@@ -106,3 +108,62 @@ def test_an_adapter_with_nan_or_of_another_base_is_refused(tiny_llama: LlamaForC
         load_adapter(LlamaForCausalLM(type(tiny_llama.config)(**other)), tmp_path / "nan")
     with pytest.raises(ModelError, match="no adapter_model"):
         load_adapter(base, tmp_path)
+
+
+def llama(config, num_hidden_layers: int) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(type(config)(**config.to_dict() | {"num_hidden_layers": num_hidden_layers}))
+
+
+def test_weights_and_layers_have_to_agree_one_to_one(tiny_llama: LlamaForCausalLM, tmp_path: Path) -> None:
+    """Every weight that both have fits; peft by itself takes such an adapter with a warning, or with none."""
+    for depth in (2, 3):
+        save_adapter(attach_lora(llama(tiny_llama.config, depth), compose_config([]).lora), tmp_path / str(depth))
+    for base, adapter in ((2, 3), (3, 2)):
+        message = rf"{adapter}: the adapter does not fit this base \(14 weights stand on one side alone, .*layers\.2"
+        with pytest.raises(ModelError, match=message):
+            load_adapter(llama(tiny_llama.config, base), tmp_path / str(adapter))
+        beside = load_adapter(llama(tiny_llama.config, base), tmp_path / str(base))
+        with pytest.raises(ModelError, match=message):
+            load_adapter(beside, tmp_path / str(adapter), "second")
+    peft.PeftModel.from_pretrained(llama(tiny_llama.config, 2), str(tmp_path / "3"))
+
+
+@pytest.mark.parametrize("overrides", [["lora.bias=all"], ["lora.bias=lora_only"], ["lora.use_dora=true"]])
+def test_everything_that_an_adapter_can_hold_is_matched(tmp_path: Path, overrides: list[str]) -> None:
+    """On an architecture with biases."""
+    base = GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=2, bos_token_id=1, eos_token_id=2)
+    settings = compose_config(["lora.r=4", "lora.target_modules=[c_attn]", *overrides]).lora
+    save_adapter(attach_lora(GPT2LMHeadModel(base), settings), tmp_path / "a")
+    weights = load_file(tmp_path / "a/adapter_model.safetensors")
+    kind = "magnitude" if settings.use_dora else "bias"
+    assert any(kind in name for name in weights)
+    load_adapter(GPT2LMHeadModel(base), tmp_path / "a")
+    weights.pop(next(name for name in weights if kind in name))
+    save_file(weights, tmp_path / "a/adapter_model.safetensors")
+    with pytest.raises(ModelError, match=kind):
+        load_adapter(GPT2LMHeadModel(base), tmp_path / "a")
+
+
+def test_adapters_stand_beside_one_another(tiny_llama: LlamaForCausalLM, tmp_path: Path) -> None:
+    settings = compose_config(["lora.r=4"]).lora
+    ids = torch.arange(3, 23)[None]
+    for seed in (1, 2):
+        model = attach_lora(llama(tiny_llama.config, 2), settings)
+        torch.manual_seed(seed)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.1)
+        save_adapter(model, tmp_path / str(seed))
+    alone = [load_adapter(llama(tiny_llama.config, 2), tmp_path / name)(input_ids=ids).logits for name in "12"]
+    both = load_adapter(load_adapter(llama(tiny_llama.config, 2), tmp_path / "1"), tmp_path / "2", "second")
+    assert torch.equal(both(input_ids=ids).logits, alone[0])
+    both.set_adapter("second", inference_mode=True)
+    assert torch.equal(both(input_ids=ids).logits, alone[1])
+    assert not torch.equal(*alone)
+    assert not any(p.requires_grad for p in both.parameters())
+    weights = load_file(tmp_path / "2/adapter_model.safetensors")
+    next(iter(weights.values()))[0, 0] = float("nan")
+    save_file(weights, tmp_path / "2/adapter_model.safetensors")
+    with pytest.raises(ModelError, match="2: NaN or infinite values"):
+        load_adapter(both, tmp_path / "2", "third")

@@ -1,9 +1,11 @@
 """The merge and its proof: right for every kind of adapter; every way to break it is caught and leaves nothing."""
 
+import dataclasses
 import json
 import logging
 import math
 import shutil
+from collections import namedtuple
 from pathlib import Path
 
 import peft
@@ -14,12 +16,14 @@ from transformers import AutoModelForCausalLM
 
 from pipeline import merging
 from pipeline.dataset import load_split
-from pipeline.errors import ModelError, ParityError
-from pipeline.merging import MergeInputs, merge_adapter
-from pipeline.modeling import load_model
+from pipeline.errors import DataError, ModelError, ParityError
+from pipeline.files import hash_path
+from pipeline.merging import MergeInputs, check_training_base, merge_adapter, merge_variants
+from pipeline.modeling import hash_model, load_model
 from pipeline.parity import Parity, check_parity, collect_logits, compare, parity_batches
+from pipeline.provenance import write_provenance
 from pipeline.quantization import load_training_base, quantize
-from pipeline.schema import Dtype, MergeBase, TrainMethod
+from pipeline.schema import Dtype, KeepQuantized, MergeBase, TrainMethod
 from tests.standins import (
     ARCHITECTURES,
     CPU,
@@ -36,6 +40,7 @@ def make_inputs(
     method: TrainMethod = TrainMethod.qlora,
     kind: str = "smollm2",
     changes: dict | None = None,
+    spread: float = 0.02,
     **lora: object,
 ) -> MergeInputs:
     """A base, its quantised form, data, and an adapter whose update is a few percent of the weights."""
@@ -58,7 +63,7 @@ def make_inputs(
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
             if "lora_B" in name or (parameter.requires_grad and name.endswith("bias")):
-                parameter.copy_(0.02 * torch.randn(parameter.shape, generator=generator))
+                parameter.copy_(spread * torch.randn(parameter.shape, generator=generator))
             if "lora_magnitude" in name:
                 parameter.mul_(1.05)
     adapted.save_pretrained(folder / "adapter")
@@ -141,7 +146,8 @@ def test_merged_folder_is_plain_and_complete(inputs: MergeInputs, tmp_path: Path
         "tokenizer.json",
         "chat_template.jinja",
     } <= names
-    text = "".join(p.read_text() for p in (tmp_path / "merged").glob("*.json"))
+    files = [p for p in (tmp_path / "merged").glob("*.json") if p.name != "provenance.json"]
+    text = "".join(p.read_text() for p in files)
     assert not any(trace in text for trace in ("quantiz", "peft", "lora", "bitsandbytes", "bnb"))
     weights = load_file(tmp_path / "merged" / "model.safetensors")
     assert not any("lora" in name or "absmax" in name or "quant" in name or "base_layer" in name for name in weights)
@@ -264,6 +270,179 @@ def test_a_folder_that_is_not_what_was_merged_is_found(
     with pytest.raises(ParityError, match="logits of the saved model differ"):
         merge_adapter(inputs, merge_config(), tmp_path / "merged", CPU)
     assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize("dtype", [Dtype.float32, Dtype.bfloat16])
+def test_a_saved_model_that_differs_in_the_last_batch_alone_is_found(
+    inputs: MergeInputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: Dtype
+) -> None:
+    last = parity_batches(inputs.processed, 500, 256)[-1].input_ids
+    right = merging.load_model_folder
+
+    def damaged(folder: Path, *args: object, **kwargs: object):
+        model = right(folder, *args, **kwargs)
+        if ".tmp" in folder.name:  # the folder saved, not a base
+
+            def disturb(module: object, _: object, named: dict, output):
+                if torch.equal(named["input_ids"], last):
+                    output.logits[:, 3] *= 1.1
+                return output
+
+            model.register_forward_hook(disturb, with_kwargs=True)
+        return model
+
+    monkeypatch.setattr(merging, "load_model_folder", damaged)
+    with pytest.raises(ParityError, match=r"logits of the saved model differ by .* Nothing was saved"):
+        merge_adapter(inputs, merge_config(dtype=dtype), tmp_path / "merged", CPU)
+    assert not (tmp_path / "merged").exists()
+
+
+def test_a_saved_weight_off_by_one_bit_is_found_in_bf16(
+    inputs: MergeInputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = merging.load_model_folder
+
+    def damaged(folder: Path, *args: object, **kwargs: object):
+        model = right(folder, *args, **kwargs)
+        model.model.layers[1].mlp.up_proj.weight.data[0, 0] *= 1.01
+        return model
+
+    monkeypatch.setattr(merging, "load_model_folder", damaged)
+    with pytest.raises(ParityError, match=r"layers\.1\.mlp\.up_proj\.weight and 0 more weights of the saved model"):
+        merge_adapter(inputs, merge_config(dtype=Dtype.bfloat16), tmp_path / "merged", CPU)
+
+
+def test_a_head_untied_by_saving_is_found(inputs: MergeInputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Equal logits, but the head is a copy: a later change of the embedding would not reach it."""
+    right = merging.load_model_folder
+
+    def untied(folder: Path, *args: object, **kwargs: object):
+        model = right(folder, *args, **kwargs)
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+        return model
+
+    monkeypatch.setattr(merging, "load_model_folder", untied)
+    with pytest.raises(ParityError, match="output head of the saved model is not its embedding"):
+        merge_adapter(inputs, merge_config(), tmp_path / "merged", CPU)
+    assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize("method", [TrainMethod.qlora, TrainMethod.lora])
+def test_another_base_of_the_same_shape_is_refused(inputs: MergeInputs, tmp_path: Path, method: TrainMethod) -> None:
+    inputs = dataclasses.replace(inputs, method=method)
+    with pytest.raises(DataError, match=r"adapter/provenance\.json: no such file"):
+        check_training_base(inputs)
+    write_provenance(inputs.adapter, "train")
+    with pytest.raises(ModelError, match="does not name the base"):
+        check_training_base(inputs)
+    base = hash_path(inputs.quantized) if method is TrainMethod.qlora else hash_model(inputs.model)
+    write_provenance(inputs.adapter, "train", base_sha256=base)
+    check_training_base(inputs)
+    make_model(tmp_path / "base", seed=1)
+    if method is TrainMethod.qlora:
+        with pytest.raises(ModelError, match="was quantised from another base"):
+            check_training_base(inputs)  # what it trained on is as it was, what it would be merged into is not
+        quantize(inputs.model, inputs.quantization, load_split(inputs.processed, "validation"), inputs.quantized, CPU)
+    with pytest.raises(ModelError, match=r"was trained on another base: .* Nothing was merged"):
+        check_training_base(inputs)
+
+
+def test_an_adapter_with_nan_is_refused(inputs: MergeInputs, tmp_path: Path) -> None:
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    weights = load_file(path)
+    next(w for name, w in weights.items() if "lora_A" in name)[0, 0] = math.nan
+    save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"NaN or infinite values in .*lora_A.* Train it again"):
+        merge_adapter(inputs, merge_config(), tmp_path / "merged", CPU)
+
+
+def test_too_little_disk_is_refused(inputs: MergeInputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = namedtuple("usage", "total used free")(10**9, 10**9, 1000)
+    monkeypatch.setattr("pipeline.model_files.shutil.disk_usage", lambda _: usage)
+    with pytest.raises(ModelError, match=r"merged: needs 0\.00 GB, the disk has 0\.00 GB free.*nothing was written"):
+        merge_adapter(inputs, merge_config(), tmp_path / "merged", CPU)
+    assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize("stage", [None, "train"])
+def test_a_folder_that_no_merge_wrote_is_not_replaced(inputs: MergeInputs, tmp_path: Path, stage: str | None) -> None:
+    folder = tmp_path / "merged"
+    folder.mkdir()
+    merge_adapter(inputs, merge_config(), folder, CPU)  # empty: anybody's
+    merge_adapter(inputs, merge_config(), folder, CPU)  # its own, from before
+    (folder / "provenance.json").unlink()
+    (folder / "thesis.txt").write_text("mine")
+    if stage is not None:
+        write_provenance(folder, stage)
+    with pytest.raises(ModelError, match=r"was not written by the merge stage.*Move it elsewhere"):
+        merge_adapter(inputs, merge_config(), folder, CPU)
+    assert (folder / "thesis.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("lora", [{}, {"use_dora": True}], ids=["lora", "dora"])
+def test_every_merge_can_be_measured(tmp_path: Path, lora: dict) -> None:
+    """The saved merge keeps the update, the 4-bit ones lose it: why they are not what is saved.
+
+    What DoRA's magnitude does, 5 % more of a whole row, fits into NF4's scales and survives there.
+    """
+    inputs = make_inputs(tmp_path, kind="llama3", spread=0.002, **lora)
+    folder = tmp_path / "merged"
+    merge_adapter(inputs, merge_config(), folder, CPU)
+    variants = {name: load() for name, load in merge_variants(inputs, merge_config(), folder, CPU).items()}
+    assert list(variants) == ["merged", "merged_original", "requantized", "peft_4bit"]
+    survival = {name: [layer.survival for layer in variant.survival] for name, variant in variants.items()}
+    assert survival["merged"] == pytest.approx([1.0] * 14, abs=1e-3)
+    assert survival["merged_original"] == []
+    assert survival["peft_4bit"] == pytest.approx(survival["requantized"], abs=1e-3)  # two ways to round W + dW to NF4
+    assert max(abs(value) for value in survival["requantized"]) < (1.1 if lora else 0.5)
+
+    expected = adapter_logits(inputs)
+    errors = {name: float((logits(v.model) - expected).abs().max()) for name, v in variants.items()}
+    assert errors["merged"] < 2e-4
+    assert all(errors[name] > 100 * errors["merged"] for name in errors if name != "merged")
+    adapted = peft.PeftModel.from_pretrained(load_model(inputs.model, CPU), inputs.adapter).eval()
+    torch.testing.assert_close(logits(variants["merged_original"].model), logits(adapted), rtol=0, atol=2e-4)
+
+    on_disk = (folder / "model.safetensors").stat().st_size
+    assert variants["merged"].num_bytes == on_disk
+    assert variants["merged_original"].num_bytes == pytest.approx(on_disk, rel=0.02)
+    quantized = (inputs.quantized / "model.safetensors").stat().st_size
+    assert variants["requantized"].num_bytes == pytest.approx(quantized, rel=0.05)
+    assert variants["peft_4bit"].num_bytes == pytest.approx(quantized, rel=0.05)
+
+
+def test_variants_of_other_settings(tmp_path: Path) -> None:
+    inputs = make_inputs(tmp_path, kind="llama3")
+    merge = merge_config(base=MergeBase.original, dtype=Dtype.bfloat16)
+    merge_adapter(inputs, merge, tmp_path / "merged", CPU)
+    loaders = merge_variants(inputs, merge, tmp_path / "merged", CPU)
+    assert list(loaders) == ["merged", "merged_training", "requantized", "peft_4bit"]
+    for load in loaders.values():
+        assert {parameter.dtype for parameter in load().model.parameters()} == {torch.bfloat16}
+    assert [layer.survival for layer in loaders["merged"]().survival] == pytest.approx([1.0] * 14, abs=0.05)
+    torch.testing.assert_close(logits(loaders["merged_training"]().model), adapter_logits(inputs), rtol=0.05, atol=1.0)
+
+    plain = dataclasses.replace(inputs, method=TrainMethod.lora, quantization=quantization_config("none"))
+    assert list(merge_variants(plain, merge, tmp_path / "merged", CPU)) == ["merged"]
+    full = dataclasses.replace(inputs, method=TrainMethod.full, adapter=tmp_path / "merged")
+    loaders = merge_variants(full, merge, tmp_path / "merged", CPU)
+    assert {name: load().survival for name, load in loaders.items()} == {"merged": [], "requantized": []}
+
+
+def test_what_cannot_be_kept_in_4_bits_is_said(
+    inputs: MergeInputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    merge_adapter(inputs, merge_config(), tmp_path / "merged", CPU)
+    right = merging.load_training_base
+
+    def refuse(*args: object):
+        if args[-1] is KeepQuantized.always:
+            raise ModelError("the 4-bit product is off by 0.36")
+        return right(*args)
+
+    monkeypatch.setattr(merging, "load_training_base", refuse)
+    assert merge_variants(inputs, merge_config(), tmp_path / "merged", CPU)["peft_4bit"]() is None
+    assert "peft_4bit: not measured, 4-bit layers cannot be kept here: the 4-bit product is off" in caplog.text
 
 
 def test_weights_too_large_for_the_dtype_are_refused(inputs: MergeInputs, tmp_path: Path) -> None:

@@ -3,10 +3,19 @@
 import copy
 from contextlib import nullcontext
 
+import peft
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GraniteConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    Gemma2Config,
+    GraniteConfig,
+    Llama4TextConfig,
+    LlamaForCausalLM,
+    PhimoeConfig,
+)
 
 import pipeline.fused_lora
 import pipeline.losses
@@ -16,7 +25,7 @@ from pipeline.config import compose_config
 from pipeline.fused_lora import fused_lora
 from pipeline.lora import attach_lora
 from pipeline.losses import ForwardPlan, plan_forward, supervised_logits, supervised_loss
-from pipeline.packing import model_inputs, packed_attention
+from pipeline.packing import model_inputs, packed_attention, packed_sdpa
 from pipeline.quantized_layers import quantize_model
 from pipeline.row_attention import LONGEST, row_attention, takes
 from tests.standins import ARCHITECTURES, CPU, SIZES, make_model
@@ -242,6 +251,78 @@ def test_fused_lora_is_lora(
 def test_other_loras_are_left_to_peft(tiny_llama: LlamaForCausalLM, overrides: list[str]) -> None:
     with fused_lora(with_adapter(tiny_llama, *overrides)) as num_layers:
         assert num_layers == 0
+
+
+def test_a_kept_4_bit_layer_of_another_dtype_than_autocast(tiny_llama: LlamaForCausalLM, make_split) -> None:
+    base = copy.deepcopy(tiny_llama)
+    quantize_model(base, compose_config(["quantization.compute_dtype=float32"]).quantization, CPU)
+    model, batch = with_adapter(base), collate(make_split(LENGTHS), ROWS, 0)
+    losses = []
+    for fuses in (True, False):
+        with fused_lora(model) if fuses else nullcontext(), torch.autocast("cpu", torch.bfloat16):
+            loss, _ = supervised_loss(model, batch)
+        loss.backward()
+        losses.append(loss.item())
+    assert losses[0] == pytest.approx(losses[1], rel=3e-3)
+
+
+def test_no_tokens_other_adapters_and_a_context_in_another(tiny_llama: LlamaForCausalLM) -> None:
+    model = with_adapter(tiny_llama)
+    layer = model.get_base_model().model.layers[0].mlp.down_proj
+    with fused_lora(model) as num_layers:
+        assert layer(torch.zeros(0, 128)).shape == (0, 64)  # an expert that gets no token
+        with fused_lora(model) as inside:
+            assert (num_layers > 0, inside) == (True, 0)
+        assert "forward" in vars(layer)
+    for part in (layer.lora_A, layer.lora_B):
+        part["other"] = part.pop("default")
+    with fused_lora(model):
+        assert "forward" not in vars(layer)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_bias_is_not_lost(bias: bool) -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(16, 24, bias=bias))
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["0"], init_lora_weights=False))
+    x = torch.randn(3, 5, 16)
+    expected = adapted(x)
+    with fused_lora(adapted) as num_layers:
+        assert num_layers == 1
+        torch.testing.assert_close(adapted(x), expected)
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (PhimoeConfig(**SIZES, num_local_experts=4, sliding_window=16), "its window of 16 tokens is done by a mask"),
+        (PhimoeConfig(**SIZES, num_local_experts=4, sliding_window=None), None),
+        (
+            Llama4TextConfig(
+                **SIZES, intermediate_size_mlp=64, num_local_experts=2, attention_chunk_size=16, no_rope_layers=[1, 1]
+            ),
+            "its attention in chunks of 16 tokens is done by a mask",
+        ),
+    ],
+    ids=["window", "no_window", "chunks"],
+)
+def test_a_window_that_only_a_mask_makes_is_not_packed(config, said: str | None, caplog) -> None:
+    """The probe's rows are shorter than any window: what counts is whether attention is told of it."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+    with packed_attention(model) as packs:
+        assert packs is (said is None)
+    assert said is None or said in caplog.text
+
+
+def test_packed_attention_refuses_what_it_does_not_know() -> None:
+    query = torch.randn(1, 2, 4, 8)
+    module = torch.nn.Module()
+    for unknown in ({"softcap": 30.0}, {"s_aux": query}):
+        with pytest.raises(NotImplementedError, match=next(iter(unknown))):
+            packed_sdpa(module, query, query, query, None, **unknown)
+    with pytest.raises(NotImplementedError, match="attention mask"):
+        packed_sdpa(module, query, query, query, torch.ones(1, 1, 4, 4))
 
 
 def test_the_adapter_can_still_be_turned_off(tiny_llama: LlamaForCausalLM, make_split) -> None:

@@ -1,8 +1,14 @@
 """Task scores: several references, unequal numbers of them, alphabets other than the Latin one."""
 
+import numpy as np
 import pytest
 
-from pipeline.scoring import bleu, exact_match, rouge_l, task_scores
+from pipeline.scoring import METRICS, answer_sums, bleu_of_sums, bleu_sums, exact_match, rouge_l
+
+
+def bleu(predictions: list[str], references: list[list[str]]) -> float:
+    rows = [bleu_sums(prediction, texts) for prediction, texts in zip(predictions, references, strict=True)]
+    return float(bleu_of_sums(np.sum(rows, axis=0)))
 
 
 def test_exact_match_takes_any_reference_and_ignores_outer_white_space():
@@ -59,17 +65,31 @@ def test_bleu_takes_the_length_of_the_nearest_reference_that_the_row_has():
     assert bleu(answers, [references[0], [*references[1], "it costs"]]) > expected + 10
 
 
-@pytest.mark.parametrize(("predictions", "references"), [([], []), (["a"], [["a"], ["b"]]), (["a", "b"], [["a"], []])])
-def test_bleu_refuses_rows_that_do_not_fit(predictions, references):
-    with pytest.raises(ValueError, match="each row needs one reference or more"):
-        bleu(predictions, references)
+def test_a_row_without_a_reference_has_no_bleu_and_no_rouge():
+    with pytest.raises(ValueError, match="a row needs one reference or more"):
+        bleu_sums("a", [])
+    with pytest.raises(ValueError, match="empty"):
+        rouge_l("a", [])
 
 
-def test_task_scores_of_empty_answers_are_zero():
-    assert task_scores(["", ""], [["a b c d"], ["e"]]) == {"bleu": 0.0, "exact_match": 0.0, "rouge_l": 0.0}
+def scores_of(predictions: list[str], references: list[list[str]]) -> dict[str, float]:
+    rows = [answer_sums(*row) for row in zip(predictions, references, strict=True)]
+    return {score: float(METRICS[score].of_sums(np.sum([row[score] for row in rows], axis=0))) for score in rows[0]}
 
 
-def test_task_scores_are_means_over_rows():
-    scores = task_scores(["one two three four", "five"], [["one two three four"], ["six"]])
-    assert scores["exact_match"] == 0.5
-    assert scores["rouge_l"] == 0.5
+def test_scores_of_empty_answers_are_zero():
+    assert scores_of(["", ""], [["a b c d"], ["e"]]) == {"exact_match": 0.0, "rouge_l": 0.0, "bleu": 0.0}
+
+
+def test_scores_are_means_over_the_rows_with_a_reference():
+    scores = scores_of(["one two three four", "five"], [["one two three four"], ["six"]])
+    assert (scores["exact_match"], scores["rouge_l"]) == (0.5, 0.5)
+    assert scores_of(["one two three four", "five", "x"], [["one two three four"], ["six"], []]) == scores
+    assert scores_of(["one two three four", "five", "x"], [["one two three four"], ["six"], ["y"]]) != scores
+    assert all(np.isnan(value) for value in scores_of(["x"], [[]]).values())
+
+
+def test_perplexity_is_the_exponential_of_the_loss_and_never_overflows():
+    sums = np.array([[20.0, 10.0], [9e9, 10.0]])
+    assert METRICS["perplexity"].of_sums(sums) == pytest.approx([np.exp(2.0), np.exp(700.0)])
+    assert METRICS["loss"].of_sums(sums) == pytest.approx([2.0, 9e8])

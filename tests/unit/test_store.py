@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -12,13 +13,20 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import psutil
 import pytest
+import torch
 
+import stages.train
 from pipeline import store
+from pipeline.checkpoints import Checkpoint, Checkpoints
+from pipeline.config import compose_config
 from pipeline.errors import TrainingError
+from pipeline.files import write_text
 from pipeline.parents import DIED_BEFORE, KnownProcess, find_starter, this_process
+from pipeline.workspace import PROCESSED, QUANTIZED, Workspace
 from tests.conftest import ROOT
 
 # stands for dvc: runs its arguments as a stage's command, and waits
@@ -284,3 +292,157 @@ def test_a_starter_whose_number_another_process_has_now_is_dead(start: Start, tm
             store.locked("key", 0.5),
         ):
             pass  # fmt: skip
+
+
+def watch_fsync(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """What is flushed from here on, by the name that it has then, in order."""
+    flushed: list[Path] = []
+    fsync = os.fsync
+
+    def watched(descriptor: int) -> None:
+        flushed.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", watched)
+    return flushed
+
+
+def test_the_adapter_is_on_the_disk_before_it_is_marked_complete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = store.new_adapter_folder(tmp_path)
+    (adapter / "more").mkdir()
+    files = [adapter / "adapter_config.json", adapter / "more" / "adapter_model.safetensors"]
+    for file in files:
+        file.write_text("{}")
+    flushed = watch_fsync(monkeypatch)
+    store.finish(tmp_path, {"metrics": {}})
+    *before, mark, folder = flushed
+    assert set(before) == {*files, adapter / "more", adapter}
+    assert (mark.parent, folder) == (tmp_path, tmp_path)
+    assert mark.name.startswith(".result.json.")
+    assert store.finished(tmp_path) is not None
+
+
+def test_a_training_killed_before_its_checkpoints_were_removed_loses_them_the_next_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The stage itself, with a stand-in for the training and none for the store."""
+    workspace = Workspace(tmp_path, tmp_path / "out")
+    for split in ("train", "validation"):
+        write_text(tmp_path / PROCESSED / f"{split}.arrow", split)
+    (tmp_path / QUANTIZED).mkdir(parents=True)
+    num_trainings = 0
+
+    def finetune(config, processed, quantized, target: Path, checkpoints: Checkpoints, *_) -> tuple[dict, list]:
+        nonlocal num_trainings
+        num_trainings += 1
+        (target / "adapter_config.json").write_text("{}")
+        checkpoints.save(Checkpoint(1, {"w": torch.zeros(1)}, {}, {}))
+        return {}, []
+
+    stage = "stages.train"
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    monkeypatch.setattr(f"{stage}.tracking", MagicMock())
+    monkeypatch.setattr(f"{stage}.check_provenance", lambda *args: None)
+    monkeypatch.setattr(f"{stage}.plot_training_curves", lambda *args: None)
+    monkeypatch.setattr(f"{stage}.finetune", finetune)
+    config = compose_config(["train.method=lora"])
+
+    with monkeypatch.context() as killed:
+        killed.setattr(Checkpoints, "clear", MagicMock(side_effect=SystemExit))
+        with pytest.raises(SystemExit):
+            stages.train.run(config, workspace)
+    assert list(tmp_path.glob(".training/*/result.json"))
+    assert list(tmp_path.glob(".training/*/checkpoints/checkpoint-*"))
+    stages.train.run(config, workspace)
+    assert num_trainings == 1
+    assert list(tmp_path.glob(".training/*/adapter"))
+    assert not list(tmp_path.glob(".training/*/checkpoints"))
+
+
+OLD, NEW, DONE, HELD = (digit * 64 for digit in "abcd")
+
+
+@pytest.fixture
+def entries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], set[str]]]:
+    """Three entries of ten days, one of today, and tracking's outbox; the function says which hold something yet."""
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    root = tmp_path / ".training"
+    for name in (OLD, NEW, DONE, HELD, "outbox"):
+        (root / name / "checkpoints").mkdir(parents=True)
+        (root / name / "checkpoints" / "tensors").write_bytes(bytes(3_000_000))
+        (root / name / "lock").touch()
+    (root / DONE / "result.json").write_text("{}")
+    with (root / HELD / "lock").open("r+") as file:  # one descriptor's lock shuts out another's, in one process too
+        file.write(json.dumps(asdict(owner())))
+        file.flush()
+        fcntl.flock(file, fcntl.LOCK_EX)
+        for path in root.rglob("*"):
+            if NEW not in path.parts:
+                os.utime(path, (time.time() - 10 * 86400,) * 2)
+        yield lambda: {folder.name for folder in root.iterdir() if any(p.name != "lock" for p in folder.iterdir())}
+
+
+def test_the_list_says_what_is_there(entries, capsys: pytest.CaptureFixture) -> None:
+    assert store.main(["list"]) == 0
+    assert [re.split("  +", line) for line in capsys.readouterr().out.splitlines()] == [
+        ["a" * 12, "unfinished", "3.0 MB", "10.0 days", "not locked"],
+        ["b" * 12, "unfinished", "3.0 MB", "0.0 days", "not locked"],
+        ["c" * 12, "finished", "3.0 MB", "10.0 days", "not locked"],
+        ["d" * 12, "unfinished", "3.0 MB", "10.0 days", f"locked by {owner()}"],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "chosen"),
+    [
+        (["--unfinished", "--older-than", "7"], {OLD}),
+        (["--unfinished"], {OLD, NEW}),
+        (["--older-than", "9.5"], {OLD, DONE}),
+        (["--older-than", "11"], set()),
+        ([], {OLD, NEW, DONE}),
+    ],
+)
+def test_what_a_living_process_has_locked_is_never_cleaned(
+    entries, capsys: pytest.CaptureFixture, options: list[str], chosen: set[str]
+) -> None:
+    everything = {OLD, NEW, DONE, HELD, "outbox"}
+    assert store.main(["clean", *options]) == 0
+    assert f"would free {3 * len(chosen)}.0 MB; nothing was removed: give --yes" in capsys.readouterr().out
+    assert entries() == everything
+    assert store.main(["clean", *options, "--yes"]) == 0
+    *lines, total = capsys.readouterr().out.splitlines()
+    assert total == f"freed {3 * len(chosen)}.0 MB"
+    assert {line.split()[1] for line in lines if line.startswith("removed ")} == {name[:12] for name in chosen}
+    assert all("locked by process" in line for line in lines if line.startswith("kept "))
+    assert entries() == everything - chosen
+
+
+def test_once_its_process_is_gone_it_is_cleaned(entries, start: Start, tmp_path: Path) -> None:
+    holder = start(HOLD.replace('"key"', repr(OLD)))
+    lines(tmp_path, 1)
+    assert store.main(["clean", "--yes"]) == 0
+    assert entries() == {OLD, HELD, "outbox"}
+    holder.kill()
+    holder.wait(timeout=20)
+    assert store.main(["clean", "--yes"]) == 0
+    assert entries() == {HELD, "outbox"}
+    with store.locked(OLD) as folder:  # it is as if it had never been
+        assert store.finished(folder) is None
+
+
+@pytest.mark.parametrize("days", ["-1", "nan", "inf", "week"])
+def test_a_wrong_number_of_days_is_refused(entries, capsys: pytest.CaptureFixture, days: str) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        store.main(["clean", f"--older-than={days}", "--yes"])
+    assert f"'{days}' must be a number of days, 0 or more" in capsys.readouterr().err
+
+
+def test_what_cannot_be_removed_is_said(entries, capsys: pytest.CaptureFixture, monkeypatch) -> None:
+    def refused(path: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("shutil.rmtree", refused)
+    assert store.main(["clean", "--yes"]) == 1
+    assert re.search(r"store: error: \S+/checkpoints: Permission denied\. Is it", capsys.readouterr().err)

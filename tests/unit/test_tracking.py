@@ -8,7 +8,7 @@ import pytest
 
 from pipeline import tracking, tracking_live, tracking_store
 from pipeline.errors import DataError, TrackingError
-from pipeline.files import write_json, write_jsonl, write_text
+from pipeline.files import hash_path, write_json, write_jsonl, write_text
 from pipeline.schema import TrainMethod
 from pipeline.tracking_push import MAX_PARAM_CHARACTERS, _cut, check_fingerprint
 from pipeline.tracking_records import read_record
@@ -94,6 +94,33 @@ def test_yesterdays_evaluation_stays_off_todays_row(tmp_path):
     record = read_record(tmp_path)
     assert not [key for key in record.values if key.startswith(("evaluate", "merge", "gate"))]
     assert [line.split(":")[0] for line in record.left_out] == ["evaluate", "merge", "gate"]
+
+
+def make_harness(folder: Path) -> None:
+    write_json(folder / "metrics/harness.json", {"adapter": {"hellaswag": {"acc": 0.25}}})
+    write_json(folder / "reports/harness/results.json", {"limit": None})
+    write_text(folder / "reports/harness/tasks/test.jsonl", "the test split")
+    made = {"settings": {"evaluate": {"max_rows": 7}}, "adapter_sha256": hash_path(folder / "models/adapter")}
+    write_json(folder / "reports/harness/provenance.json", made)
+
+
+def test_the_harness_is_a_stage_of_the_record(tmp_path):
+    make_harness(make_record(tmp_path))
+    record = read_record(tmp_path)
+    assert record.values["harness.adapter.hellaswag.acc"] == 0.25
+    artifacts = {name for name in record.artifacts if "harness" in name}
+    assert artifacts == {"metrics/harness.json", "reports/harness/results.json"}
+    assert record.tags["evaluate.max_rows"] == "50"  # evaluate's own
+    assert record.left_out == []
+
+
+def test_a_harness_of_another_adapter_is_left_out_alone(tmp_path):
+    make_harness(make_record(tmp_path))
+    write_json(tmp_path / "reports/harness/provenance.json", {"adapter_sha256": "0"})
+    record = read_record(tmp_path)
+    assert not [key for key in record.values if key.startswith("harness")]
+    assert record.values["gate.passed"] == 1.0
+    assert record.left_out == ["harness: its files are of another adapter (run `python -m pipeline.harness`)"]
 
 
 def test_gate_of_other_metrics_is_left_out(tmp_path):
@@ -206,14 +233,20 @@ def test_unsent_record_waits_in_the_parents_outbox(tmp_path, caplog, monkeypatch
     monkeypatch.setenv("DVC_ROOT", str(tmp_path / "root"))
     monkeypatch.setattr(tracking, "_import_mlflow", lambda: (_ for _ in ()).throw(TrackingError("no answer.")))
     folder = make_record(tmp_path / "work")
-    for stage in ("train", "merge"):
+    make_harness(folder)
+    for stage in ("train", "merge", "harness"):
         tracking.record_stage(stage, tracked(inputs_dir=str(folder)), folder)
-    assert len(caplog.records) == 2
+    assert len(caplog.records) == 3
     assert "python -m pipeline.tracking sync" in caplog.text
     waiting = tmp_path / "root/.training/outbox" / FINGERPRINT
     assert read_record(waiting / "train", ["train"]).points == read_record(folder, ["train"]).points
     kept = sorted(p.relative_to(waiting).as_posix() for p in (waiting / "merge").rglob("*") if p.is_file())
     assert kept == ["merge/metrics/merge.json", "merge/models/merged/provenance.json", "merge/models/run.json"]
+    kept = sorted(p.relative_to(waiting).as_posix() for p in (waiting / "harness").rglob("*") if p.is_file())
+    assert kept == [
+        f"harness/{name}" for name in ("metrics/harness.json", "models/run.json", "reports/harness/provenance.json",
+                                       "reports/harness/results.json")
+    ]  # fmt: skip
 
 
 def test_full_disk_is_said_not_raised(tmp_path, caplog, monkeypatch):

@@ -133,10 +133,7 @@ def test_a_float16_overflow_leaves_the_step_out_and_the_training_goes_on(
         model, split, split, chosen, 0, lambda _, event: norms.append(event.get("train.grad_norm", 1.0)),
         progress_bar=False,
     )  # fmt: skip
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**30)  # accelerate scales on a GPU alone
-    trainer.accelerator.scaler, trainer.accelerator.native_amp = scaler, True
-    trainer.optimizer = AcceleratedOptimizer(trainer.optimizer.optimizer, scaler=scaler)
-    trainer.accelerator._optimizers = [trainer.optimizer]
+    scaler = scale_losses(trainer, 2.0**30)
     progress = trainer.run()
     assert norms.count(0.0) > 3
     assert 1 < scaler.get_scale() < 2.0**30
@@ -300,10 +297,89 @@ def test_a_spike_is_logged_clipped_or_skipped(
     assert [step for step, event in events if "train.spike_zscore" in event] == [31]
     assert f"train.on_spike: {action}" in caplog.text
     usual = statistics.fmean(norms[step] for step in range(1, 31))
+    assert progress.recent[30][1] < 30 * usual  # cut down
     expected = {OnSpike.log: norms[31], OnSpike.clip: usual, OnSpike.skip: 0.0}[action]
     assert norms[31] == pytest.approx(expected, rel=1e-3)
     assert (norms[31] > 100 * usual) is (action is OnSpike.log)
     assert norms[32] > 0
+
+
+def scale_losses(trainer: Trainer, init_scale: float) -> torch.amp.GradScaler:
+    """float16's loss scale on a CPU; accelerate scales on a GPU alone."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=init_scale)
+    trainer.accelerator.scaler, trainer.accelerator.native_amp = scaler, True
+    trainer.optimizer = AcceleratedOptimizer(trainer.optimizer.optimizer, scaler=scaler)
+    trainer.accelerator._optimizers = [trainer.optimizer]
+    return scaler
+
+
+@pytest.mark.parametrize("action", list(OnSpike))
+def test_a_spike_under_a_loss_scale(tiny_llama: LlamaForCausalLM, make_split, monkeypatch, action: OnSpike) -> None:
+    model = attach_lora(tiny_llama, compose_config(["lora.r=4"]).lora)
+    split = make_split(LENGTHS)
+    half = compose_config(["train.mixed_precision=float16"]).train.mixed_precision
+    chosen = settings(max_steps=30, eval_steps=30, on_spike=action, mixed_precision=half)
+    trainer = Trainer(model, split, split, chosen, 0, lambda step, event: None, progress_bar=False)
+    scale_losses(trainer, 2.0**10)
+    zscores = iter([0.0] * 24 + [9.0] + [0.0] * 5)
+    monkeypatch.setattr("pipeline.training.highest_zscore", lambda *args: next(zscores))
+    progress = trainer.run()
+    assert (progress.step, progress.num_spikes) == (30, 1)
+
+
+def test_a_lasting_change_ends_being_a_spike(tiny_llama: LlamaForCausalLM, make_split, monkeypatch) -> None:
+    accumulate = Trainer._accumulate
+
+    def stronger(trainer: Trainer, *args) -> float:
+        loss = accumulate(trainer, *args)
+        if trainer.progress.step >= 30:
+            for parameter in trainer.trainable.values():
+                parameter.grad.mul_(5.0)
+        return loss
+
+    monkeypatch.setattr(Trainer, "_accumulate", stronger)
+    progress, _, events = run(
+        tiny_llama, make_split, max_steps=60, eval_steps=60, on_spike=OnSpike.skip, max_grad_norm=None,
+        learning_rate=1e-4,
+    )  # fmt: skip
+    spikes = [step for step, event in events if "train.spike_zscore" in event]
+    assert spikes[0] == 31
+    assert spikes[-1] < 45
+
+
+def test_out_of_memory_in_validation_leaves_the_training_as_it_is(
+    tiny_llama: LlamaForCausalLM, make_split, monkeypatch, caplog
+) -> None:
+    whole, weights, _ = run(tiny_llama, make_split, lengths=LONG, micro_batch_size=1)
+    forward = LlamaForCausalLM.forward
+
+    def limited(model, *args, **kwargs):
+        if not model.training and kwargs["input_ids"].numel() > 46:  # one row at a time
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return forward(model, *args, **kwargs)
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", limited)
+    progress, cut, _ = run(tiny_llama, make_split, lengths=LONG, micro_batch_size=1)
+    assert (progress.eval_batch_size, progress.micro_batch_size, progress.gradient_checkpointing) == (1, 1, False)
+    assert progress.best_loss == pytest.approx(whole.best_loss, abs=1e-6)
+    assert all(torch.equal(cut[name], weights[name]) for name in weights)
+    assert "out of memory in validation" in caplog.text
+
+
+def test_out_of_memory_in_the_optimizer_is_named(tiny_llama: LlamaForCausalLM, make_split, monkeypatch) -> None:
+    def no_room(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(AcceleratedOptimizer, "step", no_room)
+    with pytest.raises(TrainingError, match=r"step 1, in the optimizer .*paged_adamw_8bit"):
+        run(tiny_llama, make_split)
+
+
+def test_the_environment_does_not_scale_gradients(tiny_llama: LlamaForCausalLM, make_split, monkeypatch) -> None:
+    _, _, events = run(tiny_llama, make_split)
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    _, _, again = run(tiny_llama, make_split)
+    assert [e.get("train.grad_norm") for _, e in again] == [e.get("train.grad_norm") for _, e in events]
 
 
 def test_without_a_threshold_no_spike_is_looked_for(tiny_llama: LlamaForCausalLM, make_split, monkeypatch) -> None:
