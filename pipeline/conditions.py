@@ -10,12 +10,17 @@ A NAME is a metric (`pipeline.gates`). In `merged.bleu not worse than adapter.bl
 and a model's name alone means its loss: by how much the first may be worse, in the score's own direction.
 """
 
+import difflib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pipeline.errors import ConfigError
+from pipeline.labels import MODELS, SCORES
 
+FREE = ("merge", "contamination", "bytes", "harness")  # groups of numbers whose names are known when they are measured
+COUNTS = ("num_tokens", "general_num_tokens")
+ANSWERED = ("exact_match", "rouge_l", "bleu")
 COMPARISONS = ("<=", ">=", "<", ">")
 NUMBER = r"(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?(?![\w.])"
 NAME = r"[A-Za-z_][\w.]*"
@@ -63,15 +68,48 @@ def parse_condition(text: str) -> Comparison | NotWorse:
     return Comparison(text, _sum(text, left), tokens[places[0]][1], _sum(text, right))
 
 
-def condition_problems(conditions: Sequence[str]) -> list[str]:
-    """One line for each condition that cannot be parsed: known before anything runs."""
+def metric_names(condition: Comparison | NotWorse) -> list[str]:
+    """Every metric that the condition names, once."""
+    if isinstance(condition, NotWorse):
+        return list(dict.fromkeys((condition.first, condition.second)))
+    factors = [factor for _, product in condition.left + condition.right for factor in product]
+    return list(dict.fromkeys(factor for factor in factors if isinstance(factor, str)))
+
+
+def condition_problems(conditions: Sequence[str], has_answers: bool = True) -> list[str]:
+    """One line for each condition that cannot be parsed or names no metric: known before anything runs.
+
+    Args:
+        has_answers: `evaluate.generate`: without answers there are no scores of them.
+    """
     found = []
     for text in conditions:
         try:
-            parse_condition(text)
+            names = metric_names(parse_condition(text))
         except ConfigError as error:
             found.append(str(error))
+            continue
+        problems = [_name_problem(name, has_answers) for name in names]
+        found += [f"gate.conditions: '{text}': {problem}" for problem in problems if problem]
     return found
+
+
+def _name_problem(name: str, has_answers: bool) -> str | None:
+    """What is wrong with a name as far as can be said before there are metrics."""
+    first, _, score = name.partition(".")
+    if first in FREE or name == "forgetting":
+        return None
+    if first in MODELS and score in (*SCORES, *COUNTS):
+        if score in ANSWERED and not has_answers:
+            return f"{name} needs answers, and evaluate.generate is false"
+        return None
+    known = [f"{model}.{key}" for model in MODELS for key in SCORES] + ["forgetting"]
+    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    hint = f"did you mean {nearest[0]}? " if nearest else ""
+    return (
+        f"no metric is called {name}; {hint}There are forgetting, MODEL.SCORE with models {', '.join(MODELS)} and "
+        f"scores {', '.join(SCORES)}, and the numbers of the metrics files under {', '.join(f'{group}.' for group in FREE)}"
+    )
 
 
 def _tokens(text: str) -> list[tuple[str, str]]:

@@ -74,7 +74,7 @@ def to_settings(config: DictConfig) -> RunConfig:
     except OmegaConfBaseException as error:
         raise ConfigError(_reason(error)) from None
     assert isinstance(settings, RunConfig)
-    found = problems(settings) + condition_problems(settings.gate.conditions)
+    found = problems(settings) + condition_problems(settings.gate.conditions, settings.evaluate.generate)
     if found:
         raise ConfigError("these settings cannot be:\n" + "\n".join(f"  {line}" for line in found))
     return settings

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from pipeline.conditions import Comparison, NotWorse, Sum, condition_problems, parse_condition
+from pipeline.conditions import Comparison, NotWorse, Sum, metric_names, parse_condition
 from pipeline.errors import ConfigError
 from pipeline.evidence import Evidence
 from pipeline.schema import Inconclusive
@@ -69,9 +69,13 @@ def judge(conditions: Sequence[str], evidence: Evidence, fixed: Mapping[str, flo
     Raises:
         ConfigError: conditions that cannot be parsed and names that are no metric, all in one message.
     """
-    problems = condition_problems(conditions)
+    problems, parsed = [], []
+    for text in conditions:
+        try:
+            parsed.append(parse_condition(text))
+        except ConfigError as error:
+            problems.append(str(error))
     metrics = _Metrics(evidence, fixed)
-    parsed = [] if problems else [parse_condition(text) for text in conditions]
     problems += [f"gate.conditions: '{c.text}': {problem}" for c in parsed for problem in metrics.problems(c)]
     if problems:
         raise ConfigError("\n".join(problems))
@@ -142,14 +146,10 @@ class _Metrics:
         return samples_R - self.evidence.samples("base", score) if name == FORGETTING else samples_R
 
     def problems(self, condition: Comparison | NotWorse) -> list[str]:
-        if isinstance(condition, NotWorse):
-            names, score = [condition.first, condition.second], condition.first.rpartition(".")[2]
-            if score not in METRICS:
-                return [f"whether more of {score} is better is not known; write it with one of {', '.join(OPERATORS)}"]
-        else:
-            factors = [factor for _, product in condition.left + condition.right for factor in product]
-            names = [factor for factor in factors if isinstance(factor, str)]
-        return [self._unknown(name) for name in dict.fromkeys(names) if name not in self.points]
+        score = condition.first.rpartition(".")[2] if isinstance(condition, NotWorse) else None
+        if score is not None and score not in METRICS:
+            return [f"whether more of {score} is better is not known; write it with one of {', '.join(OPERATORS)}"]
+        return [self._unknown(name) for name in metric_names(condition) if name not in self.points]
 
     def _unknown(self, name: str) -> str:
         nearest = difflib.get_close_matches(name, self.points, n=1, cutoff=0.5)

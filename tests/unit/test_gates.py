@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from pipeline.conditions import condition_problems
+from pipeline.config import compose_config
 from pipeline.errors import ConfigError
 from pipeline.evidence import Evidence, ModelItems, join_items
 from pipeline.gates import Outcome, decide, gate_metrics, judge, table
@@ -247,3 +248,25 @@ def test_conditions_are_read_without_heavy_imports():
     code = "import pipeline.conditions, sys; print(sorted({'numpy', 'torch', 'scipy', 'pipeline.gates'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("condition", "said"),
+    [
+        ("adapter.exact_mach >= 0.5", "did you mean adapter.exact_match?"),
+        ("adaptor.loss <= 1", "did you mean adapter.loss?"),
+        ("forgeting <= 1", "did you mean forgetting?"),
+        ("loss <= 1", "no metric is called loss"),
+        ("adapter.bleu >= 1", "needs answers, and evaluate.generate is false"),
+        ("merged not worse than adaptr by 0.1", "did you mean adapter.loss?"),
+        ("adapter.loss <= base.loss - 0.1", None),
+        ("merge.mean_kl + bytes.adapter + harness.adapter.hellaswag.acc + contamination.num_seen <= forgetting", None),
+    ],
+)
+def test_names_are_looked_at_before_anything_runs(condition: str, said: str | None) -> None:
+    problems = condition_problems([condition], has_answers=False)
+    assert (said is None) is (problems == [])
+    assert said is None or said in problems[0]
+    with pytest.raises(ConfigError, match=r"no metric is called adapter\.los;") as found:
+        compose_config(["gate.conditions=['adapter.los <= 1']"])
+    assert "did you mean adapter.loss?" in str(found.value)
