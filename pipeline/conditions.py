@@ -108,7 +108,8 @@ def _name_problem(name: str, has_answers: bool) -> str | None:
     hint = f"did you mean {nearest[0]}? " if nearest else ""
     return (
         f"no metric is called {name}; {hint}There are forgetting, MODEL.SCORE with models {', '.join(MODELS)} and "
-        f"scores {', '.join(SCORES)}, and the numbers of the metrics files under {', '.join(f'{group}.' for group in FREE)}"
+        f"scores {', '.join(SCORES)}, and the numbers of the metrics files under "
+        f"{', '.join(f'{group}.' for group in FREE)}"
     )
 
 
