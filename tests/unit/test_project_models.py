@@ -92,7 +92,8 @@ def test_what_was_made_with_other_settings_is_refused(made, folder, name, change
         assert project(made, folder, *right).find(name).is_dir()
 
 
-def test_a_merged_model_is_of_the_adapter_beside_it(made, folder):
+def test_a_merged_model_is_of_the_adapter_beside_it(made, folder, monkeypatch):
+    monkeypatch.chdir(folder)  # not where this project may have an adapter of its own
     assert project(made, folder).find("merged") == folder / MERGED
     shutil.copy(made / "runs/other/adapter_model.safetensors", folder / ADAPTER)
     with pytest.raises(ConfigError, match=f"{MERGED}: merged from another adapter than {folder / ADAPTER}. Run `dvc"):
