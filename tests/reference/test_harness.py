@@ -30,7 +30,6 @@ from tests.conftest import ROOT
 from tests.records import make_record, settings
 from tests.standins import CPU, make_model
 
-pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed (pip install -e '.[harness]')")
 NUM_ROWS, NUM_NEW, BATCH_SIZE = 7, 8, 3
 EVALUATE = dataclasses.replace(settings().evaluate, max_new_tokens=NUM_NEW, batch_size=BATCH_SIZE, max_rows=None)
 

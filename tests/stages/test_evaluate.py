@@ -166,7 +166,6 @@ def test_an_adapter_with_weights_for_other_layers_is_neither_measured_nor_merged
 
 
 def test_harness_tasks_stand_beside_the_scores(folder):
-    pytest.importorskip("lm_eval", reason="the extra `harness` is not installed")
     overrides = ["evaluate.harness_tasks=[local_test_loglikelihood]", "evaluate.harness_limit=4"]
     config = settings(folder, "train=qlora", "quantization=nf4", "evaluate.generate=false", *overrides)
     stages.evaluate.run(config, make_models(folder, config))
