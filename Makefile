@@ -4,7 +4,7 @@ STAMP := $(VENV)/.installed
 RUN := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
 PYTHON ?= python3
 
-.PHONY: help repro test test-all ui check params deps clean
+.PHONY: help repro sweep test test-all ui check params deps clean
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
@@ -20,6 +20,10 @@ repro: $(STAMP)  ## rebuild everything that changed, log it, print the results
 	$(RUN) python -m pipeline.tracking sync; \
 	[ $$status -eq 0 ] || echo "dvc repro failed (see above); figures below may be of an earlier run"; \
 	$(RUN) python -m pipeline.summary; exit $$status
+
+sweep: $(STAMP)  ## rank by targets by learning rate on the embedded data, compared (some minutes)
+	@$(RUN) python -m stages.train -m experiment=rank_sweep hydra/launcher=fused hydra.launcher.num_workers=2 \
+		hydra.launcher.num_threads=1 hydra.sweep.dir=multirun/rank_sweep
 
 test: $(STAMP)  ## the default tests
 	@$(RUN) python -m pytest -q -n 2 --dist loadscope -m "not slow"

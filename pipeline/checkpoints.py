@@ -100,10 +100,6 @@ class Checkpoints:
             logger.warning("%s: %s; passed over for the one before", folder, problem)
         return None
 
-    def clear(self) -> None:
-        """Removes all of them: the training is done, or begins anew."""
-        shutil.rmtree(self.folder, ignore_errors=True)
-
     def _folders(self) -> list[Path]:
         return sorted(self.folder.glob("checkpoint-*"))
 

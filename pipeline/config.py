@@ -21,15 +21,18 @@ from typing import Any
 import hydra
 import psutil
 import yaml
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
+from hydra.initialize import get_gh_backup, restore_gh_from_backup
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from pipeline.conditions import condition_problems
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.schema import RunConfig
+from pipeline.search_space import parse_axis
 from pipeline.validation import problems
 from pipeline.workspace import Workspace
 
@@ -54,12 +57,22 @@ def compose(overrides: Sequence[str], config_name: str = "config") -> DictConfig
     """
     check_keys(overrides)
     try:
-        with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-            config = hydra.compose(config_name=config_name, overrides=list(overrides))
+        config = compose_unresolved(overrides, config_name)
         OmegaConf.resolve(config)
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(_reason(error)) from None
+        raise ConfigError(explain(error)) from None
     return config
+
+
+def compose_unresolved(overrides: Sequence[str], config_name: str) -> DictConfig:
+    """What Hydra makes of `conf/` and the overrides; also inside a running Hydra, whose state stays as it is."""
+    before = get_gh_backup()
+    GlobalHydra.instance().clear()
+    try:
+        with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+            return hydra.compose(config_name=config_name, overrides=list(overrides))
+    finally:
+        restore_gh_from_backup(before)
 
 
 def compose_config(overrides: Sequence[str] = ()) -> RunConfig:
@@ -72,7 +85,7 @@ def to_settings(config: DictConfig) -> RunConfig:
     try:
         settings = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), config))
     except OmegaConfBaseException as error:
-        raise ConfigError(_reason(error)) from None
+        raise ConfigError(explain(error)) from None
     assert isinstance(settings, RunConfig)
     found = problems(settings) + condition_problems(settings.gate.conditions, settings.evaluate.generate)
     if found:
@@ -119,14 +132,17 @@ def parse_overrides(overrides: Sequence[str]) -> list[Override]:
     try:
         return OverridesParser.create().parse_overrides(list(overrides))
     except HydraException as error:
-        raise ConfigError(_reason(error)) from None
+        raise ConfigError(explain(error)) from None
 
 
 def _choices(override: Override) -> list[str]:
+    """Each value of an axis; of an interval its ends and one between."""
     if not override.is_sweep_override():
         return [override.input_line or ""]
     key = override.get_key_element()
-    return [f"{key}={value}" for value in override.sweep_string_iterator()]
+    if override.is_interval_sweep():
+        return parse_axis(override).examples()
+    return [f"{key}={choice}" for choice in override.sweep_string_iterator()]
 
 
 def _with_runtime(config: DictConfig) -> DictConfig:
@@ -135,13 +151,13 @@ def _with_runtime(config: DictConfig) -> DictConfig:
     return merged
 
 
-def _reason(error: BaseException) -> str:
+def explain(error: BaseException) -> str:
     """Hydra's and OmegaConf's message without their advice for programmers, the causes included."""
     text = str(error).split("Config search path:")[0]
     noise = ("object_type", "reference_type", "To append to your", "See https://")
     lines = [line.strip() for line in text.splitlines() if line.strip() and not line.strip().startswith(noise)]
     if error.__cause__ is not None and str(error.__cause__) not in str(error):
-        lines.append(_reason(error.__cause__))
+        lines.append(explain(error.__cause__))
     return "\n".join(lines)
 
 
@@ -193,7 +209,7 @@ def stage(body: Body, name: str) -> Callable[[], None]:
     """The command-line entry of a stage: composes, checks, runs, and turns a user's mistake into one clean message."""
 
     def task(config: DictConfig) -> None:
-        _quiet_logs()
+        quiet_logs()
         with clean_errors(name):
             settings = to_settings(config)
             runtime = settings.runtime
@@ -204,6 +220,7 @@ def stage(body: Body, name: str) -> Callable[[], None]:
             _log_times(name, imported, started)
 
     task.__module__ = body.__module__
+    task.__name__ = name  # launchers ask for it
     entry = hydra.main(version_base="1.3", config_path=str(CONF), config_name="run")(task)
 
     imported = time.time()  # a stage's module calls this after its imports
@@ -252,11 +269,12 @@ def _log_times(name: str, imported: float, started: float) -> None:
     )  # fmt: skip
 
 
-def _quiet_logs() -> None:
-    logging.basicConfig(format="%(message)s", level=logging.INFO, force=True)
+def quiet_logs(level: int = logging.INFO) -> None:
+    """The project's own lines on stderr, and of the libraries' only what a user has to do with."""
+    logging.basicConfig(format="%(message)s", level=level, force=True)
     # peft asks transformers by an old name; nothing that a user could mend
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
-    for noisy in ("httpx", "urllib3", "datasets", "alembic", "mlflow.store", "matplotlib"):
+    for noisy in ("httpx", "urllib3", "datasets", "alembic", "mlflow.store", "matplotlib", "lm_eval"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
 

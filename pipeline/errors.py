@@ -35,3 +35,7 @@ class GateError(PipelineError, RuntimeError):
 
 class TrackingError(PipelineError, RuntimeError):
     """A tracking store that cannot be used."""
+
+
+class Pruned(PipelineError):
+    """A training that a search gave up: others do better."""

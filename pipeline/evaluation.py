@@ -2,7 +2,6 @@
 
 import hashlib
 import logging
-from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,6 @@ from pipeline.scoring import answer_sums, exact_match, rouge_l
 
 logger = logging.getLogger(__name__)
 Answer = dict[str, Any]
-ANSWER_KEYS = ("prediction", "ended", "exact_match", "rouge_l")  # a model's own; the rest is the row's
 
 
 def evaluate_model(
@@ -140,15 +138,6 @@ def answer_rows(
             }
         )
     return rows
-
-
-def join_answers(answers_by_model: Mapping[str, Sequence[Answer]]) -> list[Answer]:
-    """One object a test row: what all models share, then each model's answer under its name."""
-    return [
-        {key: value for key, value in answers[0].items() if key not in ANSWER_KEYS}
-        | {name: {key: row[key] for key in ANSWER_KEYS} for name, row in zip(answers_by_model, answers, strict=True)}
-        for answers in zip(*answers_by_model.values(), strict=True)
-    ]
 
 
 def measure_contamination(processed_folder: Path, evaluate: EvaluateConfig, path: Path) -> dict[str, int]:

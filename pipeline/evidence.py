@@ -19,6 +19,7 @@ from pipeline.statistics import NUM_RESAMPLES, Comparison, Estimate, ScoreTable,
 Item = dict[str, Any]
 FILE = "items.jsonl"
 SPLITS = ("test", "general")
+ANSWER_KEYS = ("prediction", "ended", "exact_match", "rouge_l")  # a model's own; the rest is the row's
 SAME_SUMS = {"perplexity": "loss"}  # not stored
 
 
@@ -45,6 +46,15 @@ def join_items(models: Mapping[str, ModelItems]) -> list[Item]:
             sums = {model: row["sums"] for model, row in zip(models, rows, strict=True)}
             joined.append({"split": split, "row_id": rows[0]["row_id"], "cluster": rows[0]["cluster"], "models": sums})
     return joined
+
+
+def join_answers(answers_by_model: Mapping[str, Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """One object a test row: what all models share, then each model's answer under its name."""
+    return [
+        {key: value for key, value in answers[0].items() if key not in ANSWER_KEYS}
+        | {name: {key: row[key] for key in ANSWER_KEYS} for name, row in zip(answers_by_model, answers, strict=True)}
+        for answers in zip(*answers_by_model.values(), strict=True)
+    ]
 
 
 class Evidence:

@@ -1,8 +1,10 @@
 """Files written whole or not at all, and read with errors that name them."""
 
+import functools
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,24 @@ def flush(*paths: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def copy_folder(source: Path, target: Path, link: bool = False) -> None:
+    """Replaces `target` by a copy of `source`.
+
+    Args:
+        link: the files stay the same files on the disk where it can do so: for what nobody changes in place.
+    """
+    if target.exists():
+        shutil.rmtree(target)
+    shutil.copytree(source, target, copy_function=_link if link else shutil.copy2)
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another disk, or one without links
+        shutil.copy2(source, target)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -68,6 +88,18 @@ def hash_file(path: Path) -> str:
     """SHA-256 of the content, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hash_once(path: Path) -> str:
+    """`hash_path`, remembered for as long as sizes and times of the files stay what they are."""
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    stats = [(str(file), file.stat()) for file in files]
+    return _hash_once(path.resolve(), tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats))
+
+
+@functools.cache
+def _hash_once(path: Path, state: tuple[tuple[str, int, int], ...]) -> str:
+    return hash_path(path)
 
 
 def hash_path(path: Path) -> str:

@@ -48,32 +48,40 @@ def finetune(
     started = time.perf_counter()
     seed_everything(config.train.seed)
     use_deterministic_kernels()
-    train_split, validation_split = load_split(processed, "train"), load_split(processed, "validation")
-    for split in (train_split, validation_split):
-        if not split.num_supervised.sum():
-            raise TrainingError(f"the {split.name} split has no supervised token. Look at metrics/prepare.json.")
+    train_split, validation_split = load_splits(processed)
     tokenizer = load_tokenizer(config.model)
     base = load_training_base(
         config.model, config.quantization, config.train.method, quantized, device, config.runtime.keep_quantized
     )
     seed_everything(config.train.seed)  # loading may draw random numbers: the adapter's start must not depend on it
-    model, finish = _prepare(base, config, train_split, tokenizer.pad_token_id)
-    names = [str(tokenizer.convert_ids_to_tokens(i)) for i in range(base.get_output_embeddings().weight.shape[0])]
-    untrained_end = guards.warn_if_end_token_is_untrained(base, train_split, names)
-    counts = _count(model)
-    logger.info(
-        "training %s of %s parameters (%.2f %%)", f"{counts[0]:,}", f"{counts[1]:,}", 100 * counts[0] / counts[1]
-    )
+    model, finish = prepare(base, config, train_split, tokenizer.pad_token_id)
+    untrained_end = end_token_is_untrained(base, train_split, tokenizer)
+    counts = count_parameters(model)
     trainer = Trainer(
         model, train_split, validation_split, config.train, tokenizer.pad_token_id, on_event, config.runtime.progress
     )
     progress = trainer.run(checkpoints)
     finish(adapter_folder)
-    metrics = _metrics(config, progress, counts, device, time.perf_counter() - started, len(train_split))
+    metrics = training_metrics(config, progress, counts, device, time.perf_counter() - started, len(train_split))
     return metrics | {"untrained_end_token": untrained_end}, progress.history
 
 
-def _prepare(
+def load_splits(processed: Path) -> tuple[Split, Split]:
+    """Train and validation split. Raises: TrainingError: nothing to learn or to measure in one of them."""
+    splits = load_split(processed, "train"), load_split(processed, "validation")
+    for split in splits:
+        if not split.num_supervised.sum():
+            raise TrainingError(f"the {split.name} split has no supervised token. Look at metrics/prepare.json.")
+    return splits
+
+
+def end_token_is_untrained(base: PreTrainedModel, split: Split, tokenizer: Any) -> bool:
+    """See `guards.warn_if_end_token_is_untrained`."""
+    names = [str(tokenizer.convert_ids_to_tokens(i)) for i in range(base.get_output_embeddings().weight.shape[0])]
+    return guards.warn_if_end_token_is_untrained(base, split, names)
+
+
+def prepare(
     base: PreTrainedModel, config: RunConfig, split: Split, pad_token_id: int
 ) -> tuple[torch.nn.Module, Callable[[Path], None]]:
     """The model to train, and what checks and saves it afterwards."""
@@ -119,10 +127,11 @@ def _revision(config: RunConfig) -> str | None:
     return config.model.revision if config.model.hub_id is not None else None
 
 
-def _count(model: torch.nn.Module) -> tuple[int, int]:
-    """Trainable and all parameters; a 4-bit weight counts as the weights it stands for."""
+def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
+    """Trainable and all parameters, logged; a 4-bit weight counts as the weights it stands for."""
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(_numel(p) for p in model.parameters())
+    logger.info("training %s of %s parameters (%.2f %%)", f"{trainable:,}", f"{total:,}", 100 * trainable / total)
     return trainable, total
 
 
@@ -131,9 +140,10 @@ def _numel(parameter: torch.nn.Parameter) -> int:
     return int(torch.Size(state.shape).numel()) if state is not None else parameter.numel()
 
 
-def _metrics(
+def training_metrics(
     config: RunConfig, progress: Progress, counts: tuple[int, int], device: torch.device, seconds: float, num_rows: int
 ) -> dict[str, Any]:
+    """What `metrics/train.json` says, after the end of a training."""
     total = num_steps(config.train, num_rows)
     lora = None if config.train.method is TrainMethod.full else config.lora
     flat = guards.warn_if_flat(progress.losses, warmup_steps(config.train, total), lora, config.train.learning_rate)

@@ -32,7 +32,7 @@ PLAIN = {  # peft's own classes for linear layers; their subclasses for other qu
 @contextmanager
 def fused_lora(model: nn.Module) -> Iterator[int]:
     """Computes the adapter's plain layers so while inside; says how many there are."""
-    layers = [layer for layer in model.modules() if _takes(layer)]
+    layers = [layer for layer in model.modules() if is_plain(layer)]
     for layer in layers:
         layer.forward = functools.partial(_forward, layer)
     try:
@@ -42,14 +42,14 @@ def fused_lora(model: nn.Module) -> Iterator[int]:
             del layer.__dict__["forward"]
 
 
-def _takes(layer: Any) -> bool:
+def is_plain(layer: Any) -> bool:
     """Whether this is peft's plain LoRA: one adapter, no dropout, no DoRA or other variant, no bias of its own."""
     if (type(layer).__module__, type(layer).__name__) not in PLAIN or layer.active_adapters != ["default"]:
         return False
     if "default" not in layer.lora_A or "forward" in vars(layer):  # another adapter's, or taken already
         return False
-    is_plain = not layer.merged and not layer.lora_variant and not layer.lora_bias["default"]
-    return is_plain and isinstance(layer.lora_dropout["default"], nn.Identity)
+    is_bare = not layer.merged and not layer.lora_variant and not layer.lora_bias["default"]
+    return is_bare and isinstance(layer.lora_dropout["default"], nn.Identity)
 
 
 def _forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
@@ -60,7 +60,7 @@ def _forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
     A_RI, B_OR = layer.lora_A["default"].weight, layer.lora_B["default"].weight
     matrices = A_RI, B_OR, layer.scaling["default"]
     base = layer.base_layer
-    if _folds(base, x, A_RI):
+    if folds(base, x, A_RI.dtype):
         y_NO: torch.Tensor = _FoldedLinear.apply(x_NI, base.weight, *matrices)
         y_NO = y_NO if base.bias is None else y_NO + base.bias
     else:
@@ -70,12 +70,13 @@ def _forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
     return y_NO.view(*x.shape[:-1], y_NO.shape[-1])
 
 
-def _folds(base: nn.Module, x: torch.Tensor, A_RI: torch.Tensor) -> bool:
+def folds(base: nn.Module, x: torch.Tensor, adapter_dtype: torch.dtype) -> bool:
+    """Whether this is a layer for `_FoldedLinear`."""
     return (
         type(base) is nn.Linear
         and x.device.type == "cpu"
         and not torch.is_autocast_enabled("cpu")
-        and x.dtype is base.weight.dtype is A_RI.dtype is torch.float32
+        and x.dtype is base.weight.dtype is adapter_dtype is torch.float32
         and not base.weight.requires_grad
         and base.weight.numel() <= LARGEST_FOLDED
     )

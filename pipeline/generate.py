@@ -14,7 +14,6 @@ import logging
 import math
 import os
 import sys
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -228,11 +227,9 @@ def _temperature(text: str) -> float:
 def main(arguments: Sequence[str] | None = None) -> None:
     options = _parse(arguments)
 
-    from pipeline.config import clean_errors
+    from pipeline.config import clean_errors, quiet_logs
 
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    # peft asks transformers by an old name; nothing that a user could mend
-    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+    quiet_logs(logging.WARNING)
     with clean_errors("generate"):
         try:
             run(options)

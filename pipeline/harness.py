@@ -15,7 +15,6 @@ import importlib.metadata
 import importlib.util
 import logging
 import sys
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from pipeline import tracking
-from pipeline.config import clean_errors, compose, to_settings
+from pipeline.config import clean_errors, compose, quiet_logs, to_settings
 from pipeline.dataset import Split, load_split
 from pipeline.errors import ConfigError, DataError, PipelineError
 from pipeline.files import hash_path, write_json
@@ -250,10 +249,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if importlib.util.find_spec("lm_eval") is None:
         print(f"harness: error: {INSTALL}", file=sys.stderr)
         return 2
-    logging.basicConfig(format="%(message)s", level=logging.INFO, force=True)
-    for noisy in ("httpx", "urllib3", "datasets", "alembic", "mlflow.store", "lm_eval"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+    quiet_logs()
     with clean_errors("harness"):
         config = to_settings(compose(options.overrides, "locked"))
         models = list(dict.fromkeys(options.model or ("base", "adapter")))

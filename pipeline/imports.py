@@ -4,6 +4,7 @@
 """
 
 import ast
+import functools
 import hashlib
 import re
 from pathlib import Path
@@ -38,6 +39,7 @@ def _file(module: str) -> Path | None:
     return next((p for p in (path.with_suffix(".py"), path / "__init__.py") if p.exists()), None)
 
 
+@functools.cache
 def code_hash(module: str) -> str:
     """SHA-256 of what the module and its imports do: comments, docstrings and layout left out."""
     digest = hashlib.sha256()

@@ -5,7 +5,6 @@ LoRA (arXiv 2106.09685): h = W x + (lora_alpha / r) B A x, with B = 0 at the sta
 
 import json
 import re
-import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -174,10 +173,3 @@ def load_adapter(
 
 def _first_line(error: BaseException) -> str:
     return str(error).strip().splitlines()[0]
-
-
-def copy_folder(source: Path, target: Path) -> None:
-    """Replaces `target` by a copy of `source`."""
-    if target.exists():
-        shutil.rmtree(target)
-    shutil.copytree(source, target)

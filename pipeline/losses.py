@@ -192,13 +192,24 @@ def supervised_nats(model: torch.nn.Module, batch: Batch, plan: ForwardPlan) -> 
     rows_S = positions_S // batch.input_ids.shape[1]
     if batch.cu_seq_lens is not None:
         rows_S = torch.searchsorted(batch.cu_seq_lens[1:], positions_S, right=True)
+    return token_nats(model, batch, plan), rows_S
+
+
+def token_nats(model: torch.nn.Module, batch: Batch, plan: ForwardPlan) -> torch.Tensor:
+    """Nats of every supervised token, row after row, float32 [S]; with a gradient where one is asked for."""
     if not plan.chunked:
         logits_SV, targets_S = supervised_logits(model, batch)
-        return F.cross_entropy(logits_SV, targets_S, reduction="none"), rows_S
+        return F.cross_entropy(logits_SV, targets_S, reduction="none")
     hidden_SX, targets_S, logits_of = _supervised_hidden(model, batch)
+
+    def chunk_nats(hidden_CX: torch.Tensor, targets_C: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(logits_of(hidden_CX), targets_C, reduction="none")
+
     size = _chunk_size(model)
+    if len(targets_S) <= size:
+        return chunk_nats(hidden_SX, targets_S)
     chunks = zip(hidden_SX.split(size), targets_S.split(size), strict=True)
-    return torch.cat([F.cross_entropy(logits_of(h), t, reduction="none") for h, t in chunks]), rows_S
+    return torch.cat([checkpoint(chunk_nats, hidden, targets, use_reentrant=False) for hidden, targets in chunks])
 
 
 def measure_rows(

@@ -22,8 +22,8 @@ from pipeline.bnb import bnb, protect_from_repacking
 from pipeline.errors import ModelError, ParityError
 from pipeline.files import hash_path, read_json
 from pipeline.lora import load_adapter
-from pipeline.model_files import weight_bytes, written_folder
-from pipeline.modeling import hash_model, load_model, load_model_folder, load_tokenizer, quiet_transformers
+from pipeline.model_files import hash_model, weight_bytes, written_folder
+from pipeline.modeling import load_model, load_model_folder, load_tokenizer, quiet_transformers
 from pipeline.parity import (
     Parity,
     check_differs,

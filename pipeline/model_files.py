@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from pipeline.errors import ConfigError, ModelError
-from pipeline.files import hash_file
+from pipeline.files import hash_once
 from pipeline.schema import ModelConfig
 
 CONFIG = "config.json"
@@ -182,9 +182,16 @@ def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def hash_model(model: ModelConfig) -> str:
+    """What identifies the base: id and commit on the Hub, SHA-256 of configuration and weights in a folder."""
+    if model.hub_id is not None:
+        return f"{model.hub_id}@{model.revision}"
+    return hash_folder(model_folder(model))
+
+
 def hash_folder(folder: Path) -> str:
     """SHA-256 over the configuration and the weights."""
-    hashes = [hash_file(folder / CONFIG), *(hash_file(path) for path in weight_files(folder))]
+    hashes = [hash_once(folder / CONFIG), *(hash_once(path) for path in weight_files(folder))]
     return hashlib.sha256("\n".join(hashes).encode()).hexdigest()
 
 

@@ -12,12 +12,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from transformers.utils import logging as transformers_logging
 
 from pipeline.errors import ModelError
-from pipeline.model_files import hash_folder, hub_errors, model_folder, tensor_shapes, weight_files
+from pipeline.model_files import hub_errors, model_folder, tensor_shapes, weight_files
 from pipeline.runtime import torch_dtype
 from pipeline.schema import ModelConfig
 from pipeline.tokenizer import load_tokenizer
 
-__all__ = ["check_model", "hash_model", "load_model", "load_model_folder", "load_tokenizer", "max_context"]
+__all__ = ["check_model", "load_model", "load_model_folder", "load_tokenizer", "max_context"]
 
 logger = logging.getLogger(__name__)
 # A multimodal checkpoint's language model under the text model's names, and what is left out of it.
@@ -199,13 +199,6 @@ def max_context(model: ModelConfig) -> int | None:
     """Positions that the base was made for, in tokens; None where its config sets no limit."""
     folder = model_folder(model, weights=False)
     return getattr(load_config(folder, model.trust_remote_code).get_text_config(), "max_position_embeddings", None)
-
-
-def hash_model(model: ModelConfig) -> str:
-    """What identifies the base: id and commit on the Hub, SHA-256 of configuration and weights in a folder."""
-    if model.hub_id is not None:
-        return f"{model.hub_id}@{model.revision}"
-    return hash_folder(model_folder(model))
 
 
 @contextmanager

@@ -32,12 +32,12 @@ class ProjectModels:
     """Finds and loads `MODELS`, made with the settings in force or refused.
 
     Attributes:
-        device: to load on.
+        device: to load on; None where nothing is loaded.
     """
 
     config: RunConfig
     workspace: Workspace
-    device: "torch.device"
+    device: "torch.device | None"
     _found: dict[str, Path] = field(default_factory=dict, init=False, repr=False)
 
     @property
@@ -98,6 +98,7 @@ class ProjectModels:
         from pipeline.quantization import load_quantized
         from pipeline.runtime import torch_dtype
 
+        assert self.device is not None
         config, device = self.config, self.device
         attention, trusts = str(config.model.attn_implementation), config.model.trust_remote_code
         if name == "base":

@@ -15,8 +15,8 @@ from pipeline.bnb import check_bitsandbytes, check_kept_layers, protect_from_rep
 from pipeline.dataset import Split
 from pipeline.errors import ConfigError, ModelError
 from pipeline.losses import Loss, measure_loss
-from pipeline.model_files import model_folder, tensor_shapes, weight_files, written_folder
-from pipeline.modeling import hash_model, load_model, load_model_folder, load_tokenizer, quiet_transformers
+from pipeline.model_files import hash_model, model_folder, tensor_shapes, weight_files, written_folder
+from pipeline.modeling import load_model, load_model_folder, load_tokenizer, quiet_transformers
 from pipeline.provenance import package_versions, write_provenance
 from pipeline.quantized_layers import FOUR_BIT, LayerError, dequantize, quantize_model, quantized_layers
 from pipeline.runtime import torch_dtype

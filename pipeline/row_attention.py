@@ -40,7 +40,7 @@ class _RowAttention(torch.autograd.Function):
     def forward(ctx: Any, query_HLD: torch.Tensor, key_GLD: torch.Tensor, value_GLD: torch.Tensor, scale: float) -> Any:
         num_groups, length, _ = key_GLD.shape
         query_GQD = query_HLD.reshape(num_groups, -1, query_HLD.shape[-1])
-        mask_QL = _causal_mask(query_HLD.dtype)[:length, :length].repeat(query_GQD.shape[1] // length, 1)
+        mask_QL = _causal_mask(query_HLD.dtype, length, query_GQD.shape[1] // length)
         scores_GQL = torch.baddbmm(mask_QL, query_GQD, key_GLD.transpose(1, 2), alpha=scale)
         weights_GQL = torch.softmax(scores_GQL, -1)
         ctx.save_for_backward(query_GQD, key_GLD, value_GLD, weights_GQL)
@@ -67,7 +67,7 @@ def _product(left: torch.Tensor, right_D: torch.Tensor) -> torch.Tensor:
     return torch.bmm(right_D.transpose(1, 2), left.transpose(1, 2)).transpose(1, 2)
 
 
-@functools.cache
-def _causal_mask(dtype: torch.dtype) -> torch.Tensor:
-    """-inf over the diagonal, [LONGEST, LONGEST]; its corner is added before the softmax."""
-    return torch.full((LONGEST, LONGEST), float("-inf"), dtype=dtype).triu(1)
+@functools.lru_cache(maxsize=64)  # the layers of a batch share them; at most 52 MB for 2 query heads a key head
+def _causal_mask(dtype: torch.dtype, length: int, num_queries: int) -> torch.Tensor:
+    """-inf over the diagonal, for each query head of a key head, [num_queries L, L]; added before the softmax."""
+    return torch.full((length, length), float("-inf"), dtype=dtype).triu(1).repeat(num_queries, 1)

@@ -93,13 +93,17 @@ class Comparison:
     outcome: Outcome
 
 
-def wilson(hits: float, num: float) -> Interval:
-    """Wilson's score interval of a proportion (1927); NaN for no items."""
+def wilson(hits: float, num: float, z: float = Z) -> Interval:
+    """Wilson's score interval of a proportion (1927); NaN for no items.
+
+    Args:
+        z: half-width in standard errors.
+    """
     if num == 0:
         return UNKNOWN
-    share, spread = hits / num, Z**2 / num
+    share, spread = hits / num, z**2 / num
     middle = (share + spread / 2) / (1 + spread)
-    half = Z / (1 + spread) * math.sqrt(share * (1 - share) / num + spread / (4 * num))
+    half = z / (1 + spread) * math.sqrt(share * (1 - share) / num + spread / (4 * num))
     return Interval(max(0.0, middle - half) if hits else 0.0, min(1.0, middle + half) if hits < num else 1.0)
 
 

@@ -27,6 +27,7 @@ from typing import Any, TextIO
 from pipeline.errors import Interrupted, TrainingError
 from pipeline.files import flush, hash_path, read_json, write_json
 from pipeline.parents import KnownProcess, find_starter, this_process
+from pipeline.shared_results import shared_kind
 from pipeline.workspace import project_root
 
 logger = logging.getLogger(__name__)
@@ -70,10 +71,13 @@ def entry(fingerprint: str) -> Path:
 
 
 @contextlib.contextmanager
-def locked(fingerprint: str, orphan_seconds: float = ORPHAN_SECONDS) -> Iterator[Path]:
+def locked(fingerprint: str, orphan_seconds: float = ORPHAN_SECONDS, wait: bool = False) -> Iterator[Path]:
     """Holds the entry while inside; the lock goes with the process, however it ends.
 
     A holder whose DVC is dead is waited for: it stops at its next step and leaves a checkpoint.
+
+    Args:
+        wait: for any other holder too, as long as it lives. Whoever waits for several asks in the order of their names.
 
     Raises:
         TrainingError: another live process holds it, or an orphan did not let go in `orphan_seconds`.
@@ -83,7 +87,7 @@ def locked(fingerprint: str, orphan_seconds: float = ORPHAN_SECONDS) -> Iterator
     folder.mkdir(parents=True, exist_ok=True)
     starter = find_starter()
     with (folder / "lock").open("a+", encoding="utf-8") as file:
-        _acquire(file, folder, starter, orphan_seconds)
+        _acquire(file, folder, starter, orphan_seconds, wait)
         owner = Owner(this_process(), starter, socket.gethostname(), time.strftime("%Y-%m-%d %H:%M:%S %z"))
         file.truncate(0)
         file.write(json.dumps(asdict(owner)))
@@ -91,7 +95,7 @@ def locked(fingerprint: str, orphan_seconds: float = ORPHAN_SECONDS) -> Iterator
         yield folder
 
 
-def _acquire(file: TextIO, folder: Path, starter: KnownProcess | None, orphan_seconds: float) -> None:
+def _acquire(file: TextIO, folder: Path, starter: KnownProcess | None, orphan_seconds: float, wait: bool) -> None:
     began = signed = time.monotonic()
     awaited = None
     while True:
@@ -101,7 +105,11 @@ def _acquire(file: TextIO, folder: Path, starter: KnownProcess | None, orphan_se
             return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             owner, now = _read_owner(file), time.monotonic()
-        if owner is None or (owner.here and owner.process.gone()):  # the next one has it, and has not signed yet
+        if wait:
+            if owner is not None and owner != awaited:
+                logger.info("%s trains exactly this: waiting for its result", owner)
+                awaited = owner
+        elif owner is None or (owner.here and owner.process.gone()):  # the next one has it, and has not signed yet
             if now - signed > SIGNING_SECONDS:
                 raise TrainingError(f"another process is training exactly this ({folder}). Wait, or end it.")
         elif not owner.orphaned:
@@ -163,11 +171,13 @@ def new_adapter_folder(folder: Path) -> Path:
 @dataclass(frozen=True)
 class Entry:
     """Attributes:
+    kind: training, or what of `pipeline.shared_results` it is.
     age_days: since something was written into it, or it was last locked.
     holder: the living process that has its lock, for people; None: nobody.
     """
 
     folder: Path
+    kind: str
     is_finished: bool
     num_bytes: int
     age_days: float
@@ -177,12 +187,13 @@ class Entry:
         state = "finished" if self.is_finished else "unfinished"
         lock = f"locked by {self.holder}" if self.holder else "not locked"
         size, age = f"{self.num_bytes / 1e6:.1f} MB", f"{self.age_days:.1f} days"
-        return f"{self.folder.name[:12]}  {state:<10}  {size:>12}  {age:>11}  {lock}"
+        return f"{self.folder.name[:12]}  {self.kind:<23}  {state:<10}  {size:>12}  {age:>11}  {lock}"
 
 
 def entry_folders() -> list[Path]:
     """By name. One that holds nothing but its lock was cleaned, and is left out."""
-    folders = [lock.parent for lock in (project_root() / ".training").glob("*/lock")]
+    root = project_root() / ".training"
+    folders = [lock.parent for pattern in ("*/lock", "shared/*/lock") for lock in root.glob(pattern)]
     return sorted(f for f in folders if FINGERPRINT.fullmatch(f.name) and any(p.name != "lock" for p in f.iterdir()))
 
 
@@ -201,7 +212,10 @@ def inspected(folder: Path) -> Iterator[Entry]:
                 with contextlib.suppress(FileNotFoundError):  # its holder may remove a checkpoint meanwhile
                     stats.append(Path(parent, name).lstat())
         age_days = (time.time() - max(stat.st_mtime for stat in stats)) / 86400
-        yield Entry(folder, (folder / RESULT).exists(), sum(stat.st_size for stat in stats), max(age_days, 0.0), holder)
+        kind = shared_kind(folder) if folder.parent.name == "shared" else "training"
+        yield Entry(
+            folder, kind, (folder / RESULT).exists(), sum(stat.st_size for stat in stats), max(age_days, 0.0), holder
+        )
 
 
 def clean(unfinished_only: bool, older_than_days: float, remove: bool) -> Iterator[str]:
@@ -220,6 +234,8 @@ def clean(unfinished_only: bool, older_than_days: float, remove: bool) -> Iterat
             if found.holder is not None:
                 yield f"kept          {found}"
                 continue
+            if remove:
+                (folder / RESULT).unlink(missing_ok=True)  # first: what is half removed is not finished
             for path in list(folder.iterdir()) if remove else ():
                 if path.is_dir():
                     shutil.rmtree(path)
@@ -246,7 +262,7 @@ def _days(text: str) -> float:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m pipeline.store", description=(__doc__ or "").splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("list", help="fingerprint, state, size, days since its last use, and who has its lock")
+    commands.add_parser("list", help="fingerprint, kind, state, size, days since its last use, and who has its lock")
     cleaning = commands.add_parser("clean", help="remove entries that no living process has locked, finished ones too")
     cleaning.add_argument("--unfinished", action="store_true", help="keep the finished ones")
     cleaning.add_argument("--older-than", type=_days, default=0.0, metavar="DAYS", help="keep what was used since")

@@ -1,4 +1,4 @@
-"""MLflow: one run an adapter, kept equal to the records that the stages leave on disk.
+"""MLflow: one run an adapter, kept equal to the records that stages and sweeps leave on disk.
 
     python -m pipeline.tracking sync     # makes MLflow equal to the records: safe at any time, any number of times
     python -m pipeline.tracking ui       # the same, then the MLflow UI on 127.0.0.1
@@ -15,17 +15,18 @@ import os
 import shutil
 import socket
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import DataError, PipelineError, TrackingError
+from pipeline.points import MULTIRUN, SWEEP
 from pipeline.schema import RunConfig, RuntimeConfig
 from pipeline.tracking_records import PROVENANCES, REPORTS, STAGES, Record, read_record
 from pipeline.tracking_runs import RunRecord, describe_datasets, describe_training, read_environment
-from pipeline.tracking_store import open_store, outbox, redact, sqlite_path, store_uri, unusable
+from pipeline.tracking_store import import_mlflow as _import_mlflow
+from pipeline.tracking_store import open_store, outbox, push_seconds, redact, sqlite_path, store_uri, unusable, within
 from pipeline.tracking_view import address
 from pipeline.workspace import ADAPTER, RUN, Workspace, project_root
 
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
     from pipeline.tracking_live import LiveRun
 
 logger = logging.getLogger(__name__)
-PUSH_SECONDS = 60.0  # a stage waits no longer for its record to be sent, a second a megabyte of adapter added
 SENDING = ".sending"
 
 
@@ -92,7 +92,8 @@ def record_stage(stage: str, runtime: RuntimeConfig, folder: Path) -> str | None
         run = dataclasses.replace(run, tags=run.tags | {"dvc_experiment": name})
     try:
         _import_mlflow()
-        return _within(_budget(folder, stage), lambda: _send(folder, stage, run))
+        seconds = push_seconds(folder if stage == "train" else None)
+        return within(seconds, lambda: _send(folder, stage, run))
     except Exception as error:  # whatever MLflow, its database or the disk raises
         _keep(folder, stage, run, error)
         return None
@@ -109,32 +110,6 @@ def _send(folder: Path, stage: str, run: RunRecord) -> str | None:
     changes = push(store, record)
     logger.info("MLflow: %s (%s): %s", run.run_name, stage, changes)
     return changes.run_id
-
-
-def _budget(folder: Path, stage: str) -> float:
-    files = [p for p in (folder / ADAPTER).rglob("*") if p.is_file()] if stage == "train" else []
-    return PUSH_SECONDS + sum(p.stat().st_size for p in files) / 2**20
-
-
-def _within(seconds: float, action: Callable[[], Any]) -> Any:
-    """The action's result or error; TrackingError when it takes longer (it goes on in a daemon thread)."""
-    outcome: list[Any] = []
-
-    def work() -> None:
-        try:
-            outcome.append((action(), None))
-        except Exception as error:
-            outcome.append((None, error))
-
-    thread = threading.Thread(target=work, name="tracking-push", daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if not outcome:
-        raise TrackingError(f"MLflow at {redact(store_uri())}: not done after {seconds:.0f} s.")
-    result, error = outcome[0]
-    if error is not None:
-        raise error
-    return result
 
 
 def _keep(folder: Path, stage: str, run: RunRecord, error: Exception) -> None:
@@ -170,11 +145,11 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def sync(root: Path = Path()) -> list[str]:
-    """Makes MLflow equal to the records in `root` and in the outbox; one line a run comes back.
+    """Makes MLflow equal to the records in `root`, its sweeps and the outbox; one line a run comes back.
 
     Raises:
         TrackingError: the store is out of reach; nothing is lost.
-        DataError: a record that cannot be read.
+        DataError: a record that cannot be read (that of a sweep's point is a line).
     """
     from pipeline.tracking_push import push
 
@@ -193,6 +168,8 @@ def sync(root: Path = Path()) -> list[str]:
                 folder.parent.rmdir()
         if (root / RUN).exists():
             lines.append(_sync_folder(store, root))
+        for path in sorted(root.glob(f"{MULTIRUN}/*/{SWEEP}")):
+            lines += _sync_sweep(store, path.parent)
     except PipelineError:
         raise
     except Exception as error:  # whatever MLflow or its database raises
@@ -209,6 +186,15 @@ def _sync_folder(store: Any, root: Path) -> str:
     return _line(record, "; ".join([str(push(store, record)), *record.left_out]))
 
 
+def _sync_sweep(store: Any, folder: Path) -> list[str]:
+    from pipeline.tracking_sweeps import sync_sweep
+
+    try:
+        return sync_sweep(store, folder) or [f"{folder}: up to date"]
+    except DataError as error:
+        return [f"left out: {error}"]
+
+
 def _line(record: Record, text: str) -> str:
     return f"{record.run.run_name}: {text}"
 
@@ -222,18 +208,6 @@ def _waiting() -> Iterator[tuple[str, Path]]:
                 shutil.rmtree(taken, ignore_errors=True)
                 folder.rename(taken)
             yield stage, taken
-
-
-def _import_mlflow() -> None:
-    """In the caller's thread: importing in another one beside it can deadlock."""
-    import pipeline.tracking_push  # noqa: F401
-    from pipeline.tracking_store import set_environment
-
-    set_environment()
-    import mlflow.tracking
-
-    if sqlite_path(store_uri()) is not None:
-        import mlflow.store.tracking.sqlalchemy_store  # noqa: F401
 
 
 def show_ui(port: int) -> int:
@@ -277,7 +251,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return show_ui(options.port)
         start = time.monotonic()
         lines = sync()
-        print("\n".join(lines) or "no trained adapter here (models/run.json is missing) and nothing in the outbox")
+        print(
+            "\n".join(lines)
+            or "no trained adapter here (models/run.json is missing), no sweep and nothing in the outbox"
+        )
         print(f"MLflow: {redact(store_uri())} ({time.monotonic() - start:.1f} s)")
         return 0
     except PipelineError as error:

@@ -1,9 +1,7 @@
 """Makes one MLflow run equal to its record: adds what is missing, repeats nothing, takes nothing away."""
 
-import contextlib
 import hashlib
 import json
-import os
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,8 +12,8 @@ from typing import Any
 from pipeline.errors import TrackingError
 from pipeline.files import hash_file, hash_path, read_json, write_text
 from pipeline.tracking_records import Point, Record
-from pipeline.tracking_runs import RunRecord, format_value
-from pipeline.tracking_store import Store, store_lock
+from pipeline.tracking_runs import PARENT, RunRecord, format_value
+from pipeline.tracking_store import Store, patience, store_lock, unrepeated
 
 MAX_PARAM_CHARACTERS = 6000  # MLflow's limits
 MAX_TAG_CHARACTERS = 5000
@@ -23,6 +21,7 @@ MAX_MODEL_PARAM_CHARACTERS = 500
 PARAMS_A_BATCH = 100
 POINTS_A_BATCH = 1000
 MAX_UPLOAD_BYTES = 2 * 2**30  # a larger adapter (method full) stays in DVC's cache, and the run says so
+SWEEP_TAGS = (PARENT, "sweep", "point", "command")  # of the newest sweep that has the adapter
 MODEL_NAME = "adapter"
 MANIFEST = "config/manifest.json"
 
@@ -55,6 +54,20 @@ def find_run(store: Store, fingerprint: str, deleted: bool = False) -> Any:
     query = f"tags.fingerprint = '{fingerprint}'"
     found = store.client.search_runs([store.experiment_id], query, view, 1, ["attributes.start_time ASC"])
     return found[0] if found else None
+
+
+def start_time(store: Store, run_id: str) -> int | None:
+    """Milliseconds since 1970; None of a run that is deleted or of another store."""
+    from mlflow.exceptions import MlflowException
+    from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST, ErrorCode
+
+    try:
+        info = store.client.get_run(run_id).info
+    except MlflowException as error:
+        if error.error_code != ErrorCode.Name(RESOURCE_DOES_NOT_EXIST):
+            raise
+        return None
+    return int(info.start_time) if info.lifecycle_stage == "active" else None
 
 
 def ensure_run(store: Store, run: RunRecord) -> tuple[str, bool]:
@@ -102,9 +115,11 @@ def push_settings(store: Store, run: Any, record: Record, changes: Changes) -> N
     params = [Param(key, value) for key, value in wanted.items() if key not in run.data.params]
     tags = record.run.tags | record.tags
     tags |= {f"also.{key}": value for key, value in wanted.items() if run.data.params.get(key, value) != value}
-    if "dvc_experiment" in tags:  # one adapter may serve several experiments
-        names = [*run.data.tags.get("dvc_experiment", "").split(", "), tags["dvc_experiment"]]
-        tags["dvc_experiment"] = ", ".join(sorted({name for name in names if name}))
+    for key in {"dvc_experiment", "sweeps"} & tags.keys():  # one adapter may serve several
+        names = [*run.data.tags.get(key, "").split(", "), tags[key]]
+        tags[key] = ", ".join(sorted({name for name in names if name}))
+    if _is_of_newer_sweep(store, run, tags):
+        tags = {key: value for key, value in tags.items() if key not in SWEEP_TAGS}
     tags = {key: _cut(value, MAX_TAG_CHARACTERS) for key, value in tags.items()}
     changed = [RunTag(key, value) for key, value in tags.items() if run.data.tags.get(key) != value]
     for some_params in _batches(params, PARAMS_A_BATCH):
@@ -114,6 +129,15 @@ def push_settings(store: Store, run: Any, record: Record, changes: Changes) -> N
     changes.params += len(params)
     changes.tags += 0 if changes.created else len(changed)
     changes.inputs += _push_inputs(store, run, record.run)
+
+
+def _is_of_newer_sweep(store: Store, run: Any, tags: dict[str, str]) -> bool:
+    """Whether the run's parent started after the one that the tags name, or they name a sweep without one."""
+    theirs, ours = run.data.tags.get(PARENT), tags.get(PARENT)
+    if theirs is None or theirs == ours or "sweep" not in tags:
+        return False
+    started = start_time(store, theirs)
+    return started is not None and started > ((ours and start_time(store, ours)) or 0)
 
 
 def _push_inputs(store: Store, run: Any, record: RunRecord) -> int:
@@ -247,31 +271,6 @@ def _list_model(client: Any, model_id: str, path: str | None = None) -> Iterator
             yield from _list_model(client, model_id, file.path)
         else:
             yield file.path, file.file_size
-
-
-@contextlib.contextmanager
-def patience(num_bytes: int) -> Iterator[None]:
-    """Lets the store's answer to an upload take a second a megabyte longer (it may pass it on to object storage)."""
-    name = "MLFLOW_HTTP_REQUEST_TIMEOUT"
-    with _environment(name, str(int(os.environ[name]) + num_bytes // 2**20)):
-        yield
-
-
-@contextlib.contextmanager
-def unrepeated() -> Iterator[None]:
-    """No retry by MLflow of a call that creates: a server that answers too late has done it, and would do it twice."""
-    with _environment("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0"):
-        yield
-
-
-@contextlib.contextmanager
-def _environment(name: str, value: str) -> Iterator[None]:
-    before = os.environ[name]
-    os.environ[name] = value
-    try:
-        yield
-    finally:
-        os.environ[name] = before
 
 
 def deleted_by_hand(store: Store, fingerprint: str) -> bool:

@@ -17,6 +17,7 @@ from pipeline.provenance import package_versions
 from pipeline.schema import RunConfig, TrainMethod
 
 PARAM_GROUPS = ("data", "model", "quantization", "lora", "train")
+PARENT = "mlflow.parentRunId"
 CONTEXTS = {"train": "training", "validation": "validation", "test": "test", "general": "forgetting"}
 
 
@@ -74,22 +75,26 @@ def describe_training(
     tags = {"fingerprint": fingerprint, "method": str(config.train.method)}
     tags |= {f"fingerprint.{name}": value for name, value in fingerprints.items()}
     tags |= {f"version.{name}": value for name, value in package_versions().items()}
-    name = f"{_describe(config)} · {fingerprint[:6]}"
+    name = f"{describe_params(params)} · {fingerprint[:6]}"
     return RunRecord(fingerprint, name, params, tags | dict(environment or {}), [dict(d) for d in datasets])
 
 
-def _describe(config: RunConfig) -> str:
-    rate = f"{config.train.learning_rate:.3g}"
-    if config.train.learning_rate < 0.1:
-        digits, exponent = f"{config.train.learning_rate:.2e}".split("e")
+def describe_params(params: Mapping[str, Any]) -> str:
+    """What people tell adapters apart by: `r8 a16 lr5e-3 all_linear seed0 qlora`."""
+    value = params["train.learning_rate"]
+    rate = f"{value:.3g}"
+    if value < 0.1:
+        digits, exponent = f"{value:.2e}".split("e")
         rate = f"{float(digits):g}e{int(exponent)}"
-    if config.train.method is TrainMethod.full:
-        return f"full lr{rate}"
-    targets = config.lora.target_modules
+    end = f"seed{params['train.seed']} {params['train.method']}"
+    if params["train.method"] == TrainMethod.full:
+        return f"lr{rate} {end}"
+    targets = params["lora.target_modules"]
     named = targets if isinstance(targets, str) else ",".join(targets)
     modules = named if len(named) <= 24 else f"{len(targets)} modules"
-    variants = "".join(f" {name}" for name in ("rslora", "dora") if getattr(config.lora, f"use_{name}"))
-    return f"{config.train.method} r{config.lora.r} a{config.lora.lora_alpha:g} lr{rate} {modules}{variants}"
+    variants = "".join(f" {name}" for name in ("rslora", "dora") if params[f"lora.use_{name}"])
+    rank = f"r{params['lora.r']} a{params['lora.lora_alpha']:g}"
+    return f"{rank} lr{rate} {modules}{variants} {end}"
 
 
 def describe_datasets(config: RunConfig, processed: Path) -> list[dict[str, Any]]:

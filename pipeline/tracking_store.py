@@ -9,22 +9,25 @@ import logging
 import os
 import socket
 import sqlite3
+import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 from urllib.parse import urlsplit, urlunsplit
 
 from pipeline.errors import TrackingError
 from pipeline.tracking_view import experiment_tags
-from pipeline.workspace import project_root
+from pipeline.workspace import ADAPTER, project_root
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 PROBE_SECONDS = 3
 LOCK_SECONDS = 120
+PUSH_SECONDS = 60.0  # a stage waits no longer for its record to be sent, a second a megabyte of adapter added
 ENVIRONMENT = {  # of this process; what the user has set stands
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",  # MLflow's own: 7 with backoff, four minutes against a dead server
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
@@ -123,6 +126,73 @@ def probe(uri: str) -> None:
         ) from None
 
 
+def import_mlflow() -> None:
+    """In the caller's thread: importing in another one beside it can deadlock. 2 to 3 s the first time."""
+    import pipeline.tracking_push  # noqa: F401
+
+    set_environment()
+    import mlflow.tracking
+
+    if sqlite_path(store_uri()) is not None:
+        import mlflow.store.tracking.sqlalchemy_store  # noqa: F401
+
+
+def push_seconds(*folders: Path | None) -> float:
+    """How long a push of these folders' adapters may take."""
+    files = [p for folder in folders if folder for p in (folder / ADAPTER).rglob("*") if p.is_file()]
+    return PUSH_SECONDS + sum(p.stat().st_size for p in files) / 2**20
+
+
+def within(seconds: float, action: Callable[[], T]) -> T:
+    """The action's result or error.
+
+    Raises:
+        TrackingError: it takes longer; it goes on in a daemon thread.
+    """
+    outcome: list[tuple[T | None, Exception | None]] = []
+
+    def work() -> None:
+        try:
+            outcome.append((action(), None))
+        except Exception as error:
+            outcome.append((None, error))
+
+    thread = threading.Thread(target=work, name="tracking-push", daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if not outcome:
+        raise TrackingError(f"MLflow at {redact(store_uri())}: not done after {seconds:.0f} s.")
+    result, error = outcome[0]
+    if error is not None:
+        raise error
+    return cast(T, result)
+
+
+@contextlib.contextmanager
+def patience(num_bytes: int) -> Iterator[None]:
+    """Lets the store's answer to an upload take a second a megabyte longer (it may pass it on to object storage)."""
+    name = "MLFLOW_HTTP_REQUEST_TIMEOUT"
+    with _environment(name, str(int(os.environ[name]) + num_bytes // 2**20)):
+        yield
+
+
+@contextlib.contextmanager
+def unrepeated() -> Iterator[None]:
+    """No retry by MLflow of a call that creates: a server that answers too late has done it, and would do it twice."""
+    with _environment("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0"):
+        yield
+
+
+@contextlib.contextmanager
+def _environment(name: str, value: str) -> Iterator[None]:
+    before = os.environ[name]
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        os.environ[name] = before
+
+
 def outbox() -> Path:
     """Where records wait that could not be sent; the locks are in `.locks` there."""
     return project_root() / ".training" / "outbox"
@@ -187,6 +257,9 @@ def _experiment(client: Any, uri: str) -> str:
             f"MLflow experiment '{name}' is deleted. Restore it "
             f"(`mlflow experiments restore -x {found.experiment_id}`) or name another one in MLFLOW_EXPERIMENT_NAME."
         )
+    for key, value in experiment_tags().items():  # an older version's view
+        if found.tags.get(key) != value:
+            client.set_experiment_tag(found.experiment_id, key, value)
     if path is not None and "MLFLOW_TRACKING_URI" not in os.environ and found.artifact_location != location:
         _move_artifacts(path, found.artifact_location, str(location))
     return found.experiment_id

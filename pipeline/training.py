@@ -80,15 +80,26 @@ def rows_of_step(num_rows: int, rows_a_step: int, seed: int, step: int) -> list[
     return rows
 
 
-def micro_batches(split: Split, rows: list[int], size: int, pad_token_id: int, packed: bool = False) -> Iterator[Batch]:
+def micro_batch_rows(split: Split, rows: list[int], size: int) -> Iterator[list[int]]:
     """The step's rows by length, longest first, so that little is padded; rows with nothing to predict left out."""
     rows = sorted((r for r in rows if split.num_supervised[r]), key=lambda r: -split.lengths[r])
     for start in range(0, len(rows), size):
-        yield collate(split, rows[start : start + size], pad_token_id, packed)
+        yield rows[start : start + size]
+
+
+def micro_batches(split: Split, rows: list[int], size: int, pad_token_id: int, packed: bool = False) -> Iterator[Batch]:
+    """The rows of `micro_batch_rows` as batches."""
+    for piece in micro_batch_rows(split, rows, size):
+        yield collate(split, piece, pad_token_id, packed)
 
 
 class Trainer:
-    """A model, its optimizer and its schedule, on their way through the steps."""
+    """A model, its optimizer and its schedule, on their way through the steps.
+
+    `run` does all of it. What it consists of beside the forwards can be driven from outside too
+    (`pipeline.fused_training` does): `start`, then for each step `next_rows`, `clip`, `finish_step`; where
+    `validation_due`, `judge`; at last `finish`.
+    """
 
     def __init__(
         self,
@@ -133,32 +144,46 @@ class Trainer:
             TrainingError: NaN or infinite loss or gradient, in training or validation.
             Interrupted: SIGTERM, Ctrl-C or the death of its dvc; a checkpoint was written.
         """
-        progress, settings, starter = self._start(checkpoints), self.settings, find_starter()
+        progress, starter = self.start(checkpoints), find_starter()
         bar = tqdm(
             total=self.num_steps, initial=progress.step, desc="train", unit="step", disable=not self.progress_bar
         )
         with StopRequest() as stop, plan_forward(self.model) as self.plan, bar:
             if progress.step == 0:
-                self._validate()
-            while progress.step < self.num_steps and not progress.stopped_early:
+                self.judge(self._measure())
+            while not self.is_done:
                 self._take_step()
-                if progress.step % settings.eval_steps == 0 or progress.step == self.num_steps:
-                    self._validate()
+                if self.validation_due:
+                    self.judge(self._measure())
                 bar.set_postfix_str(f"loss {progress.losses[-1]:.4f}, best {progress.best_loss:.4f}", refresh=False)
                 bar.update()
                 # asked once a step: a death between two questions would end the training without its checkpoint
                 stopped_by = stop.received or ("the death of its dvc" if starter and starter.gone() else None)
                 if checkpoints and (stopped_by or checkpoints.due(progress.step)):
-                    checkpoints.save(self._checkpoint())
+                    checkpoints.save(self.checkpoint())
                 if stopped_by:
                     raise Interrupted(f"stopped by {stopped_by} after step {progress.step} of {self.num_steps}.")
-        if progress.stopped_early:
-            logger.info("stopped early: no better validation loss since step %d", progress.best_step)
-        if settings.keep is Keep.best:
-            self._load_weights(self.best_weights)
+        self.finish()
         return progress
 
-    def _start(self, checkpoints: Checkpoints | None) -> Progress:
+    @property
+    def is_done(self) -> bool:
+        return self.progress.step >= self.num_steps or self.progress.stopped_early
+
+    @property
+    def validation_due(self) -> bool:
+        """Whether the step that was just made is to be followed by a validation."""
+        return self.progress.step % self.settings.eval_steps == 0 or self.progress.step == self.num_steps
+
+    def finish(self) -> None:
+        """Leaves the weights in the model that `train.keep` names."""
+        if self.progress.stopped_early:
+            logger.info("stopped early: no better validation loss since step %d", self.progress.best_step)
+        if self.settings.keep is Keep.best:
+            self._load_weights(self.best_weights)
+
+    def start(self, checkpoints: Checkpoints | None) -> Progress:
+        """Goes back to the newest checkpoint where there is one."""
         newest = checkpoints.latest() if checkpoints else None
         if newest is not None:
             self._restore(newest)
@@ -170,13 +195,31 @@ class Trainer:
 
     def _take_step(self) -> None:
         started = time.perf_counter()
-        progress, settings, split = self.progress, self.settings, self.train_split
-        rows_a_step = settings.micro_batch_size * settings.gradient_accumulation_steps
-        rows = rows_of_step(len(split), rows_a_step, settings.seed, progress.step)
-        num_tokens = int(split.num_supervised[rows].sum())
+        rows, num_tokens = self.next_rows()
         step_loss = self._fitting(lambda: self._accumulate(rows, num_tokens))
-        limit = settings.max_grad_norm or math.inf
-        grad_norm = float(self.accelerator.clip_grad_norm_(list(self.trainable.values()), limit))
+        self.finish_step(rows, num_tokens, step_loss, float(self.clip()))
+        self.progress.training_seconds += time.perf_counter() - started
+
+    def next_rows(self) -> tuple[list[int], int]:
+        """The rows of the next optimizer step, and how many supervised tokens they have."""
+        settings, split = self.settings, self.train_split
+        rows_a_step = settings.micro_batch_size * settings.gradient_accumulation_steps
+        rows = rows_of_step(len(split), rows_a_step, settings.seed, self.progress.step)
+        return rows, int(split.num_supervised[rows].sum())
+
+    def clip(self) -> torch.Tensor:
+        """Cuts the gradient down to `train.max_grad_norm`; returns its norm before, a scalar."""
+        limit = self.settings.max_grad_norm or math.inf
+        norm: torch.Tensor = self.accelerator.clip_grad_norm_(list(self.trainable.values()), limit)
+        return norm
+
+    def finish_step(self, rows: list[int], num_tokens: int, step_loss: float, grad_norm: float) -> None:
+        """The update by the gradient that is there, and the books.
+
+        Raises:
+            TrainingError: NaN or infinite loss or gradient; too little memory for the optimizer.
+        """
+        progress, split = self.progress, self.train_split
         event = {"train.loss": step_loss, "train.grad_norm": grad_norm}
         overflowed = self._overflowed(step_loss, grad_norm)
         if overflowed:
@@ -190,7 +233,6 @@ class Trainer:
         self.scheduler.step()
         self.optimizer.zero_grad()
         progress.step += 1
-        progress.training_seconds += time.perf_counter() - started
         progress.tokens_seen += int(split.lengths[rows].sum())
         progress.supervised_tokens_seen += num_tokens
         progress.losses.append(step_loss)
@@ -236,11 +278,15 @@ class Trainer:
                 if not is_out_of_memory(error):
                     raise
                 reason = str(error).strip().splitlines()[0]
-            self._take_less_memory(reason)
+            self.take_less_memory(reason)
             set_torch_rng_state(random_state)
 
-    def _take_less_memory(self, reason: str) -> None:
-        """Halves the micro-batch, then recomputes activations."""
+    def take_less_memory(self, reason: str) -> None:
+        """Halves the micro-batch, then recomputes activations.
+
+        Raises:
+            TrainingError: both are done already.
+        """
         progress = self.progress
         self.optimizer.zero_grad()
         self._free_memory()
@@ -304,10 +350,13 @@ class Trainer:
         )
         return True
 
-    def _validate(self) -> None:
-        """Measures, remembers the best, and decides whether to stop early."""
+    def judge(self, result: Loss) -> None:
+        """Records the validation loss of now, remembers the best, and decides whether to stop early.
+
+        Raises:
+            TrainingError: it is not finite.
+        """
         progress, settings = self.progress, self.settings
-        result = self._measure()
         if not math.isfinite(result.loss):
             raise TrainingError(
                 f"step {progress.step}: the validation loss is {result.loss}. At step 0 the base itself overflows: "
@@ -343,16 +392,25 @@ class Trainer:
                 if not is_out_of_memory(error):
                     raise
                 reason = str(error).strip().splitlines()[0]
-            self._free_memory()
-            if size == 1:
-                raise TrainingError(
-                    f"{self.accelerator.device}: out of memory in validation at step {self.progress.step} with one row "
-                    f"at a time ({reason}). The longest row has {int(self.validation_split.lengths.max())} tokens. "
-                    "Lower data.max_length, or take less for the base (train.method=qlora, "
-                    "runtime.keep_quantized=always)."
-                )
-            self.progress.eval_batch_size = math.ceil(size / 2)
-            logger.warning("out of memory in validation (%s): batches of %d rows", reason, math.ceil(size / 2))
+            self.validate_with_less_memory(reason)
+
+    def validate_with_less_memory(self, reason: str) -> None:
+        """Halves the batches of the validation.
+
+        Raises:
+            TrainingError: it is one row at a time already.
+        """
+        size = self.progress.eval_batch_size
+        self._free_memory()
+        if size == 1:
+            raise TrainingError(
+                f"{self.accelerator.device}: out of memory in validation at step {self.progress.step} with one row "
+                f"at a time ({reason}). The longest row has {int(self.validation_split.lengths.max())} tokens. "
+                "Lower data.max_length, or take less for the base (train.method=qlora, "
+                "runtime.keep_quantized=always)."
+            )
+        self.progress.eval_batch_size = math.ceil(size / 2)
+        logger.warning("out of memory in validation (%s): batches of %d rows", reason, math.ceil(size / 2))
 
     def _free_memory(self) -> None:
         if self.accelerator.device.type == "cuda":
@@ -362,7 +420,8 @@ class Trainer:
         self.progress.history.append({"step": self.progress.step, **event})
         self.on_event(self.progress.step, event)
 
-    def _checkpoint(self) -> Checkpoint:
+    def checkpoint(self) -> Checkpoint:
+        """Everything that a training needs to go on from here as if it had not stopped."""
         tensors = {f"now.{name}": p.detach().cpu() for name, p in self.trainable.items()}
         tensors |= {f"best.{name}": tensor for name, tensor in self.best_weights.items()}
         state = {

@@ -16,8 +16,7 @@ from pipeline.evidence import Evidence, join_items, read_evidence, write_items
 from pipeline.files import hash_path, write_json, write_text
 from pipeline.merging import MergeInputs, check_training_base, merge_adapter, merge_variants
 from pipeline.model_card import model_card, read_license
-from pipeline.model_files import model_folder
-from pipeline.modeling import hash_model
+from pipeline.model_files import hash_model, model_folder
 from pipeline.provenance import check_provenance
 from pipeline.runtime import select_device
 from pipeline.schema import RunConfig

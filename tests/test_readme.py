@@ -21,7 +21,7 @@ def commands(kind: str) -> list[str]:
 
 def test_every_block_is_of_a_kind_that_is_run() -> None:
     kinds = set(re.findall(r"^```bash ?(.*)$", README, flags=re.MULTILINE))
-    assert kinds == {"", "slow", "data", "model", "gpu"}
+    assert kinds == {"", "slow", "data", "model", "gpu", "sweep", "queue"}
 
 
 def test_every_path_that_it_names_exists_or_is_made() -> None:

@@ -18,7 +18,7 @@ from pipeline.errors import ConfigError, ModelError
 from pipeline.evidence import read_evidence
 from pipeline.files import hash_path
 from pipeline.lora import attach_lora, save_adapter
-from pipeline.modeling import hash_model
+from pipeline.model_files import hash_model
 from pipeline.provenance import write_provenance
 from pipeline.quantization import load_training_base
 from pipeline.schema import RunConfig, TrainMethod

@@ -12,8 +12,8 @@ from transformers import PreTrainedTokenizerFast
 
 from pipeline.dataset import Example, load_split, write_split
 from pipeline.errors import DataError, ModelError
-from pipeline.evaluation import evaluate_model, join_answers, measure_contamination
-from pipeline.evidence import Evidence, join_items
+from pipeline.evaluation import evaluate_model, measure_contamination
+from pipeline.evidence import Evidence, join_answers, join_items
 from pipeline.losses import measure_loss
 from pipeline.schema import EvaluateConfig
 

@@ -19,7 +19,8 @@ from pipeline.dataset import load_split
 from pipeline.errors import DataError, ModelError, ParityError
 from pipeline.files import hash_path
 from pipeline.merging import MergeInputs, check_training_base, merge_adapter, merge_variants
-from pipeline.modeling import hash_model, load_model
+from pipeline.model_files import hash_model
+from pipeline.modeling import load_model
 from pipeline.parity import Parity, check_parity, collect_logits, compare, parity_batches
 from pipeline.provenance import write_provenance
 from pipeline.quantization import load_training_base, quantize

@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from pipeline import model_files
 from pipeline.errors import ConfigError, ModelError
-from pipeline.modeling import check_model, hash_model, load_model, load_tokenizer, max_context
+from pipeline.model_files import hash_model
+from pipeline.modeling import check_model, load_model, load_tokenizer, max_context
 from tests.standins import ARCHITECTURES, CPU, make_model, make_tokenizer, model_config
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

@@ -341,16 +341,16 @@ def test_a_training_killed_before_its_checkpoints_were_removed_loses_them_the_ne
         checkpoints.save(Checkpoint(1, {"w": torch.zeros(1)}, {}, {}))
         return {}, []
 
-    stage = "stages.train"
     monkeypatch.setenv("DVC_ROOT", str(tmp_path))
-    monkeypatch.setattr(f"{stage}.tracking", MagicMock())
-    monkeypatch.setattr(f"{stage}.check_provenance", lambda *args: None)
-    monkeypatch.setattr(f"{stage}.plot_training_curves", lambda *args: None)
-    monkeypatch.setattr(f"{stage}.finetune", finetune)
+    for module in ("stages.train", "pipeline.stored_training"):
+        monkeypatch.setattr(f"{module}.tracking", MagicMock())
+    monkeypatch.setattr("pipeline.stored_training.check_provenance", lambda *args: None)
+    monkeypatch.setattr("stages.train.plot_training_curves", lambda *args: None)
+    monkeypatch.setattr("pipeline.finetuning.finetune", finetune)
     config = compose_config(["train.method=lora"])
 
     with monkeypatch.context() as killed:
-        killed.setattr(Checkpoints, "clear", MagicMock(side_effect=SystemExit))
+        killed.setattr("pipeline.stored_training._write", MagicMock(side_effect=SystemExit))
         with pytest.raises(SystemExit):
             stages.train.run(config, workspace)
     assert list(tmp_path.glob(".training/*/result.json"))
@@ -387,10 +387,10 @@ def entries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callabl
 def test_the_list_says_what_is_there(entries, capsys: pytest.CaptureFixture) -> None:
     assert store.main(["list"]) == 0
     assert [re.split("  +", line) for line in capsys.readouterr().out.splitlines()] == [
-        ["a" * 12, "unfinished", "3.0 MB", "10.0 days", "not locked"],
-        ["b" * 12, "unfinished", "3.0 MB", "0.0 days", "not locked"],
-        ["c" * 12, "finished", "3.0 MB", "10.0 days", "not locked"],
-        ["d" * 12, "unfinished", "3.0 MB", "10.0 days", f"locked by {owner()}"],
+        ["a" * 12, "training", "unfinished", "3.0 MB", "10.0 days", "not locked"],
+        ["b" * 12, "training", "unfinished", "3.0 MB", "0.0 days", "not locked"],
+        ["c" * 12, "training", "finished", "3.0 MB", "10.0 days", "not locked"],
+        ["d" * 12, "training", "unfinished", "3.0 MB", "10.0 days", f"locked by {owner()}"],
     ]
 
 

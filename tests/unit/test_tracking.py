@@ -24,12 +24,13 @@ def test_importing_tracking_does_not_import_mlflow():
 @pytest.mark.parametrize(
     ("changes", "name"),
     [
-        ({}, "qlora r8 a16 lr5e-3 all_linear · 3f2a91"),
-        ({"lora__r": 4, "lora__lora_alpha": 6.0}, "qlora r4 a6 lr5e-3 all_linear · 3f2a91"),
-        ({"train__learning_rate": 2.5e-4}, "qlora r8 a16 lr2.5e-4 all_linear · 3f2a91"),
-        ({"lora__target_modules": ["q_proj", "v_proj"]}, "qlora r8 a16 lr5e-3 q_proj,v_proj · 3f2a91"),
-        ({"lora__use_dora": True}, "qlora r8 a16 lr5e-3 all_linear dora · 3f2a91"),
-        ({"train__method": TrainMethod.full, "train__learning_rate": 1e-5}, "full lr1e-5 · 3f2a91"),
+        ({}, "r8 a16 lr5e-3 all_linear seed0 qlora · 3f2a91"),
+        ({"lora__r": 4, "lora__lora_alpha": 6.0}, "r4 a6 lr5e-3 all_linear seed0 qlora · 3f2a91"),
+        ({"train__learning_rate": 2.5e-4}, "r8 a16 lr2.5e-4 all_linear seed0 qlora · 3f2a91"),
+        ({"lora__target_modules": ["q_proj", "v_proj"]}, "r8 a16 lr5e-3 q_proj,v_proj seed0 qlora · 3f2a91"),
+        ({"lora__use_dora": True}, "r8 a16 lr5e-3 all_linear dora seed0 qlora · 3f2a91"),
+        ({"train__seed": 3}, "r8 a16 lr5e-3 all_linear seed3 qlora · 3f2a91"),
+        ({"train__method": TrainMethod.full, "train__learning_rate": 1e-5}, "lr1e-5 seed0 full · 3f2a91"),
     ],
 )
 def test_run_name_says_what_was_tried(changes, name):

@@ -1,0 +1,59 @@
+"""Which trainings may be one: a key of everything that adapters on one base must have in common (no torch here)."""
+
+import dataclasses
+import hashlib
+import json
+
+from pipeline.schema import Bias, Dtype, KeepQuantized, QuantizationMethod, RunConfig, TrainMethod
+
+OWN = {  # each adapter's own; whatever else is in these groups must be the same
+    "lora": ("r", "lora_alpha", "target_modules", "use_rslora"),
+    "train": (
+        "seed",
+        "learning_rate",
+        "lr_scheduler",
+        "warmup_ratio",
+        "weight_decay",
+        "adam_beta1",
+        "adam_beta2",
+        "adam_epsilon",
+        "max_grad_norm",
+        "spike_zscore",
+        "on_spike",
+        "eval_steps",
+        "keep",
+        "early_stopping_patience",
+    ),
+}
+SHARED = ("data", "model", "quantization", "lora", "train")
+SHARED_RUNTIME = ("device", "num_threads", "keep_quantized")
+
+
+def fusion_key(config: RunConfig) -> str | None:
+    """Points with equal keys may train together on one base; None: this one trains alone (`reason_alone`)."""
+    if reason_alone(config) is not None:
+        return None
+    common = {}
+    for group in SHARED:
+        values = dataclasses.asdict(getattr(config, group))
+        common[group] = {key: value for key, value in values.items() if key not in OWN.get(group, ())}
+    common["runtime"] = {key: getattr(config.runtime, key) for key in SHARED_RUNTIME}
+    return hashlib.sha256(json.dumps(common, sort_keys=True).encode()).hexdigest()
+
+
+def reason_alone(config: RunConfig) -> str | None:
+    """Why this point shares no base with others while it trains, in words; None: nothing keeps it from that."""
+    lora, train = config.lora, config.train
+    if train.method is TrainMethod.full:
+        return "train.method full: every weight of the base is its own"
+    if lora.lora_dropout > 0:
+        return f"lora.lora_dropout {lora.lora_dropout:g}: together it would draw other random numbers than alone"
+    if lora.use_dora:
+        return "lora.use_dora: it scales the base's own output"
+    if lora.bias is not Bias.none:
+        return f"lora.bias {lora.bias}: biases of the base would train"
+    if train.mixed_precision is Dtype.float16:
+        return "train.mixed_precision float16: one loss scale cannot serve several adapters; bfloat16 needs none"
+    if config.quantization.method is QuantizationMethod.int8 and config.runtime.keep_quantized is KeepQuantized.always:
+        return "quantization.method int8 with runtime.keep_quantized always: activations are scaled over the batch"
+    return None

@@ -1,0 +1,160 @@
+"""Jobs on this machine: worker processes that stay, one a GPU, or a number of them on the CPU."""
+
+import contextlib
+import json
+import logging
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from pipeline.gpu_leases import Gpu, lease, visible_gpus
+from pipeline.imports import ROOT
+from pipeline.jobs import Job, OnEnd, describe_exit
+from pipeline.parents import this_process
+
+logger = logging.getLogger(__name__)
+STOP_SECONDS = 60.0  # a step and a checkpoint
+POLL_SECONDS = 0.5
+
+
+@dataclass
+class _Lane:
+    """One worker at a time, and the GPU that it has."""
+
+    stack: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+    environment: dict[str, str] | None = None
+    descriptors: list[int] = field(default_factory=list)
+    worker: subprocess.Popen | None = None
+    ended: threading.Event = field(default_factory=threading.Event)
+
+
+@dataclass
+class LocalBackend:
+    """Runs jobs in worker processes that are started once, as their imports take seconds, and end with `close`.
+
+    Attributes:
+        num_workers: processes at once; None: one a GPU that this process sees, else one.
+        num_threads: CPU threads of each; None: torch's own choice.
+        on_cpu: no GPU is used.
+    """
+
+    num_workers: int | None = None
+    num_threads: int | None = None
+    on_cpu: bool = False
+    _waiting: "queue.SimpleQueue[Job]" = field(default_factory=queue.SimpleQueue, init=False)
+    _lanes: list[_Lane] = field(default_factory=list, init=False)
+    _stopped: threading.Event = field(default_factory=threading.Event, init=False)
+    _errors: list[Exception] = field(default_factory=list, init=False)
+
+    def gpus(self) -> list[Gpu]:
+        return [] if self.on_cpu else visible_gpus()
+
+    def count(self) -> int:
+        """Workers at once."""
+        return self.num_workers or len(self.gpus()) or 1
+
+    def run(self, jobs: Sequence[Job], on_end: OnEnd) -> None:
+        """See `pipeline.jobs.Backend`."""
+        for job in jobs:
+            self._waiting.put(job)
+        number = min(self.count(), len(jobs))
+        self._lanes += [_Lane() for _ in range(number - len(self._lanes))]
+        lanes = self._lanes[:number]
+        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+        try:
+            for lane in lanes:
+                lane.ended.clear()
+                threading.Thread(target=self._work, args=(lane, on_end), daemon=True).start()
+            for lane in lanes:  # no join: Ctrl-C in one has Python 3.11 believe that the thread is over
+                while not lane.ended.wait(POLL_SECONDS):  # one without end would hold Ctrl-C back
+                    pass
+        except KeyboardInterrupt:
+            self._stop()
+            for lane in lanes:
+                lane.ended.wait(STOP_SECONDS)
+            raise
+        finally:
+            signal.signal(signal.SIGTERM, before)
+        if self._errors:
+            raise self._errors[0]
+
+    def close(self) -> None:
+        """Ends the workers and gives their GPUs back."""
+        for lane in self._lanes:
+            if lane.worker is not None:
+                assert lane.worker.stdin is not None
+                with contextlib.suppress(BrokenPipeError):
+                    lane.worker.stdin.close()
+                lane.worker.wait()
+            lane.stack.close()
+        self._lanes.clear()
+
+    def _stop(self) -> None:
+        workers = [lane.worker for lane in self._lanes if lane.worker is not None]
+        logger.info("stopping: %d processes write their checkpoints", len(workers))
+        self._stopped.set()
+        for worker in workers:
+            worker.terminate()
+
+    def _work(self, lane: _Lane, on_end: OnEnd) -> None:
+        """Gives jobs to the lane's worker until none waits; one that dies takes only its job with it."""
+        try:
+            if lane.environment is None:
+                self._open(lane)
+            while not self._stopped.is_set():
+                try:
+                    job = self._waiting.get_nowait()
+                except queue.Empty:
+                    return
+                if lane.worker is None or lane.worker.poll() is not None:
+                    lane.worker = self._start(lane)
+                problem = _do(lane.worker, job)
+                if problem is not None:
+                    lane.worker = None
+                on_end(job, problem)
+        except Exception as error:  # of this thread: raised by `run`
+            self._errors.append(error)
+        finally:
+            lane.ended.set()
+
+    def _open(self, lane: _Lane) -> None:
+        """Leases a GPU where there are any."""
+        environment = dict(os.environ)
+        if self.num_threads is not None:
+            environment["OMP_NUM_THREADS"] = str(self.num_threads)
+        if gpus := self.gpus():
+            gpu = lane.stack.enter_context(lease(gpus))
+            environment |= gpu.environment()
+            lane.descriptors = [gpu.descriptor]
+        lane.environment = environment
+
+    def _start(self, lane: _Lane) -> subprocess.Popen:
+        head = this_process().pid
+        command = [sys.executable, "-m", "pipeline.point_worker", "--listen", "--head", str(head)]
+        worker = subprocess.Popen(
+            command, cwd=ROOT, env=lane.environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            pass_fds=lane.descriptors, start_new_session=True,  # Ctrl-C reaches the head alone, which tells the others
+        )  # fmt: skip
+        if self._stopped.is_set():  # meanwhile
+            worker.terminate()
+        return worker
+
+
+def _do(worker: subprocess.Popen, job: Job) -> str | None:
+    """Has the worker do the job; what happened to it if it ended meanwhile."""
+    assert worker.stdin is not None
+    assert worker.stdout is not None
+    line = {"number": job.number, "folders": list(map(str, job.folders)), "fused": job.fused}
+    try:
+        worker.stdin.write(json.dumps(line) + "\n")
+        worker.stdin.flush()
+    except BrokenPipeError:
+        return describe_exit(worker.wait()) or "its process had ended"
+    if worker.stdout.readline():
+        return None
+    return describe_exit(worker.wait()) or "its process ended before the job did"

@@ -1,0 +1,127 @@
+"""Evaluations of base, quantized base and adapter: each made once for the same model, rows, settings and code."""
+
+import gc
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from pipeline.evidence import FILE, Evidence, ModelItems, join_answers, join_items
+from pipeline.files import hash_file, hash_once, hash_path, read_json, write_json, write_jsonl
+from pipeline.imports import code_hash
+from pipeline.model_files import hash_model, model_folder, weight_bytes
+from pipeline.project_models import ProjectModels
+from pipeline.provenance import FILE as PROVENANCE
+from pipeline.provenance import package_versions, write_provenance
+from pipeline.schema import QuantizationMethod, RunConfig
+from pipeline.shared_results import find_made, make_once
+from pipeline.workspace import Workspace
+
+logger = logging.getLogger(__name__)
+MODELS = ("base", "quantized", "adapter")
+ITEMS = "items.json"
+NOT_OF_A_MODEL = ("contamination_ngram", "contamination_share", "harness_tasks", "harness_limit")
+
+
+def is_plain(config: RunConfig) -> bool:
+    """Whether nothing is quantised: `quantized` is then the base."""
+    return config.quantization.method is QuantizationMethod.none
+
+
+def measure(project: ProjectModels, processed: Path) -> tuple[dict[str, ModelItems], bool]:
+    """What each of `MODELS` does on the test split and the general text; and whether the adapter was measured anew.
+
+    Raises:
+        ConfigError, DataError, ModelError: see `ProjectModels` and `evaluate_model`.
+    """
+    found: dict[str, ModelItems] = {}
+    is_new = False
+    for name in MODELS:
+        if name == "quantized" and is_plain(project.config):
+            logger.info("quantized: the base's figures (quantization.method is none)")
+            found[name] = found["base"]
+            continue
+        is_new = False
+
+        def make(folder: Path, name: str = name) -> None:
+            nonlocal is_new
+            is_new = True
+            write_json(folder / ITEMS, asdict(_measure(project, name, processed)))
+
+        folder = make_once(f"evaluation of {name}", _inputs(project, name, processed), make)
+        found[name] = ModelItems(**read_json(folder / ITEMS))
+        if not is_new:
+            logger.info("%s: taken from .training/shared: measured before on these rows", name)
+    return found, is_new
+
+
+def find_measured(project: ProjectModels, processed: Path) -> dict[str, ModelItems] | None:
+    """What `measure` would find; None where it would have to measure anything."""
+    folders = {
+        name: find_made(f"evaluation of {name}", _inputs(project, name, processed))
+        for name in MODELS
+        if name != "quantized" or not is_plain(project.config)
+    }
+    if None in folders.values():
+        return None
+    found = {name: ModelItems(**read_json(folder / ITEMS)) for name, folder in folders.items() if folder is not None}
+    return {name: found.get(name, found["base"]) for name in MODELS}
+
+
+def _measure(project: ProjectModels, name: str, processed: Path) -> ModelItems:
+    from pipeline.evaluation import evaluate_model  # torch: not for what is stored
+    from pipeline.tokenizer import load_tokenizer
+
+    config, model = project.config, project.load(name)
+    tokenizer = load_tokenizer(config.model)
+    items = evaluate_model(model, tokenizer, processed, config.evaluate, name=name, progress=config.runtime.progress)
+    del model  # one in memory at a time
+    gc.collect()
+    return items
+
+
+def _inputs(project: ProjectModels, name: str, processed: Path) -> dict[str, Any]:
+    """Everything that decides what a model does on these rows; where it runs changes rounding alone."""
+    config = project.config
+    evaluate = {key: value for key, value in asdict(config.evaluate).items() if key not in NOT_OF_A_MODEL}
+    small_files = sorted(model_folder(config.model).glob("*.json"))
+    inputs: dict[str, Any] = {
+        "evaluate": evaluate,
+        "rows": [hash_once(processed / f"{split}.arrow") for split in ("test", "general")],
+        "base": [hash_model(config.model), *(hash_file(path) for path in small_files)],
+        "model": asdict(config.model),
+        "code": code_hash("pipeline.stored_evaluation"),
+        "versions": package_versions(),
+    }
+    if name == "quantized" or (name == "adapter" and project.training_base == "quantized" and not project.is_full):
+        inputs["quantized"] = [hash_once(project.find("quantized")), asdict(config.quantization)]
+    if name == "adapter":
+        inputs["adapter"] = hash_once(project.find("adapter"))
+    return inputs
+
+
+def write_evaluation(
+    project: ProjectModels,
+    workspace: Workspace,
+    models: Mapping[str, ModelItems],
+    contamination: Mapping[str, int],
+    harness: Mapping[str, Any],
+) -> None:
+    """Writes metrics/evaluate.json and, in reports/evaluate, items, predictions and where they come from."""
+    config = project.config
+    folders = {name: project.find("base" if name == "quantized" and is_plain(config) else name) for name in MODELS}
+    reports = workspace.output(f"reports/evaluate/{PROVENANCE}").parent
+    items = join_items(models)
+    write_jsonl(reports / FILE, items)
+    write_jsonl(reports / "predictions.jsonl", join_answers({name: found.answers for name, found in models.items()}))
+    write_provenance(reports, "evaluate", config.evaluate, adapter_sha256=hash_path(folders["adapter"]))
+    evidence = Evidence(items, num_resamples=1)
+    metrics = {
+        **{name: evidence.values(name) for name in MODELS},
+        "forgetting": evidence.forgetting("adapter").difference,
+        "contamination": dict(contamination),
+        "bytes": {name: weight_bytes(folder) for name, folder in folders.items()},
+        "harness": dict(harness),
+    }
+    write_json(workspace.output("metrics/evaluate.json"), metrics)
