@@ -269,9 +269,13 @@ def _log_times(name: str, imported: float, started: float) -> None:
     )  # fmt: skip
 
 
-def quiet_logs(level: int = logging.INFO) -> None:
-    """The project's own lines on stderr, and of the libraries' only what a user has to do with."""
-    logging.basicConfig(format="%(message)s", level=level, force=True)
+def quiet_logs(level: int = logging.INFO, force: bool = True) -> None:
+    """The project's own lines on stderr, and of the libraries' only what a user has to do with.
+
+    Args:
+        force: also where somebody (Hydra) has set logging up.
+    """
+    logging.basicConfig(format="%(message)s", level=level, force=force)
     # peft asks transformers by an old name; nothing that a user could mend
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
     for noisy in ("httpx", "urllib3", "datasets", "alembic", "mlflow.store", "matplotlib", "lm_eval"):

@@ -229,7 +229,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     from pipeline.config import clean_errors, quiet_logs
 
-    quiet_logs(logging.WARNING)
+    quiet_logs(logging.WARNING, force=False)
     with clean_errors("generate"):
         try:
             run(options)

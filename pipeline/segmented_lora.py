@@ -16,6 +16,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import pipeline.bnb  # noqa: F401  # before peft, which imports bitsandbytes with it
+
+# isort: split
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn

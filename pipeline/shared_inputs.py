@@ -53,10 +53,9 @@ class SharedInputs:
             DataError: `dvc repro` fails on the project's own.
         """
         project = to_settings(compose([], "locked"))
-        own_data = [p for p in points if _data(p.config) == _data(project)]
-        targets = ["prepare"] if own_data else []
-        if any(_base(point.config) == _base(project) for point in own_data):
-            targets.append("quantize")
+        configs = [point.config for point in points]
+        targets = ["prepare"] if any(_data(config) == _data(project) for config in configs) else []
+        targets += ["quantize"] if any(_base(config) == _base(project) for config in configs) else []
         if set(targets) - self._reproduced:
             _reproduce(targets)
             self._reproduced |= set(targets)
@@ -70,12 +69,13 @@ class SharedInputs:
 
     def _of(self, point: Point, project: RunConfig) -> Inputs:
         config = point.config
-        is_own = _data(config) == _data(project)
-        made = Path() if is_own else self._make("prepare", _prepare_inputs(config), point, None)
-        processed = made / PROCESSED
-        if is_own and _base(config) == _base(project):
-            return Inputs(processed, Path(QUANTIZED))
-        return Inputs(processed, self._make("quantize", _quantize_inputs(config), point, made) / QUANTIZED)
+        data = Path()
+        if _data(config) != _data(project):
+            data = self._make("prepare", _prepare_inputs(config), point, None)
+        base = Path()
+        if _base(config) != _base(project):
+            base = self._make("quantize", _quantize_inputs(config), point, data)
+        return Inputs(data / PROCESSED, base / QUANTIZED)
 
     def _make(self, stage: str, inputs: dict[str, Any], point: Point, source: Path | None) -> Path:
         key = f"{stage} {sorted(inputs.items(), key=str)}"

@@ -4,6 +4,7 @@ import re
 import shlex
 
 import pytest
+from hydra.core.config_store import ConfigStore
 
 from pipeline.config import check_overrides
 from tests.conftest import ROOT, Project, copy_project
@@ -34,11 +35,19 @@ def test_every_path_that_it_names_exists_or_is_made() -> None:
     assert [name for name in sorted(names) if not name.startswith(made) and not (ROOT / name).exists()] == []
 
 
-@pytest.mark.parametrize("command", [c for kind in ("data", "model", "gpu") for c in commands(kind)])
+@pytest.mark.parametrize("command", [c for kind in ("data", "model", "gpu") for c in commands(kind)] + commands("queue")[:1])
 def test_commands_for_other_machines_compose(command: str) -> None:
     words = shlex.split(command.replace("<commit>", REVISION))
     assert words[:3] == ["dvc", "exp", "run"]
     check_overrides([word for flag, word in zip(words, words[1:], strict=False) if flag == "-S"])
+
+
+@pytest.mark.parametrize("command", [c for c in commands("sweep") if "stages.train" in c])
+def test_sweeps_compose(command: str) -> None:
+    overrides = shlex.split(command)[4:]
+    choices = dict(line.split("=", 1) for line in overrides if line.startswith("hydra/"))
+    assert all(ConfigStore.instance().load(f"{group}/{name}.yaml") for group, name in choices.items())
+    check_overrides([line for line in overrides if not line.startswith("hydra")], "run")
 
 
 @pytest.fixture(scope="module")

@@ -56,6 +56,7 @@ class RayConf:
     num_cpus: float = 1.0
     num_gpus: float = 0.0
     max_retries: int = 3
+    stop_seconds: float = 120.0
     num_threads: Optional[int] = None
     fused: bool = False
     max_fused: int = 8
