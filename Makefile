@@ -22,8 +22,8 @@ repro: $(STAMP)  ## rebuild everything that changed, log it, print the results
 	$(RUN) python -m pipeline.summary; exit $$status
 
 sweep: $(STAMP)  ## rank by targets by learning rate on the embedded data, compared (some minutes)
-	@$(RUN) python -m stages.train -m experiment=rank_sweep hydra/launcher=fused hydra.launcher.num_workers=2 \
-		hydra.launcher.num_threads=1 hydra.sweep.dir=multirun/rank_sweep
+	@$(RUN) python -m stages.train -m experiment=rank_sweep train.max_steps=100 hydra/launcher=fused \
+		hydra.launcher.num_workers=2 hydra.launcher.num_threads=1 hydra.sweep.dir=multirun/rank_sweep
 
 test: $(STAMP)  ## the default tests
 	@$(RUN) python -m pytest -q -n 2 --dist loadscope -m "not slow"

@@ -48,7 +48,6 @@ def main() -> int:
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        (folder / "trl").mkdir()
         prepare(WORKS[WORK], folder / "trl", options.real)
         shared = prime(folder / "primed", options.real.resolve())
         for number in range(options.rounds):
@@ -91,7 +90,7 @@ def settings(real: Path) -> list[str]:
 def prime(store: Path, real: Path) -> list[Path]:
     """The shared inputs, made in a store of their own."""
     store.mkdir()
-    sweep(store, "prime", [*settings(real), "train.max_steps=1", "evaluate.max_rows=8"], [])
+    sweep(store, "prime", [*settings(real), "train.max_steps=5", "train.keep=last", "evaluate.max_rows=8"], [])
     kinds = {"prepare", "quantize"}
     folders = [path.parent for path in store.glob(".training/shared/*/result.json") if read_json(path)["kind"] in kinds]
     assert len(folders) == len(kinds), folders

@@ -12,14 +12,16 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from pipeline.gpu_leases import Gpu, lease, visible_gpus
+from pipeline.errors import ConfigError
+from pipeline.gpu_leases import Gpu, LeaseError, lease, visible_gpus
 from pipeline.imports import ROOT
 from pipeline.jobs import Job, OnEnd, describe_exit
 from pipeline.parents import this_process
 
 logger = logging.getLogger(__name__)
-STOP_SECONDS = 60.0  # a step and a checkpoint
+END_SECONDS = 60.0  # for a process that has nothing to do any more
 POLL_SECONDS = 0.5
+LEASE_SECONDS = 5.0  # between two looks at whether there is work left
 
 
 @dataclass
@@ -51,12 +53,19 @@ class LocalBackend:
     _stopped: threading.Event = field(default_factory=threading.Event, init=False)
     _errors: list[Exception] = field(default_factory=list, init=False)
 
+    def __post_init__(self) -> None:
+        for name in ("num_workers", "num_threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"hydra.launcher.{name}: {value} must be 1 or more, or null.")
+
     def gpus(self) -> list[Gpu]:
         return [] if self.on_cpu else visible_gpus()
 
     def count(self) -> int:
         """Workers at once."""
-        return self.num_workers or len(self.gpus()) or 1
+        num_gpus = len(self.gpus())
+        return min(self.num_workers or num_gpus, num_gpus) if num_gpus else self.num_workers or 1
 
     def run(self, jobs: Sequence[Job], on_end: OnEnd) -> None:
         """See `pipeline.jobs.Backend`."""
@@ -75,8 +84,9 @@ class LocalBackend:
                     pass
         except KeyboardInterrupt:
             self._stop()
-            for lane in lanes:
-                lane.ended.wait(STOP_SECONDS)
+            for lane in lanes:  # for as long as a step and a checkpoint take; a second Ctrl-C ends it
+                while not lane.ended.wait(POLL_SECONDS):
+                    pass
             raise
         finally:
             signal.signal(signal.SIGTERM, before)
@@ -90,23 +100,26 @@ class LocalBackend:
                 assert lane.worker.stdin is not None
                 with contextlib.suppress(BrokenPipeError):
                     lane.worker.stdin.close()
-                lane.worker.wait()
+                try:
+                    lane.worker.wait(END_SECONDS)
+                except subprocess.TimeoutExpired:
+                    lane.worker.kill()
             lane.stack.close()
         self._lanes.clear()
 
     def _stop(self) -> None:
+        self._stopped.set()
         workers = [lane.worker for lane in self._lanes if lane.worker is not None]
         logger.info("stopping: %d processes write their checkpoints", len(workers))
-        self._stopped.set()
         for worker in workers:
             worker.terminate()
 
     def _work(self, lane: _Lane, on_end: OnEnd) -> None:
         """Gives jobs to the lane's worker until none waits; one that dies takes only its job with it."""
         try:
-            if lane.environment is None:
-                self._open(lane)
             while not self._stopped.is_set():
+                if lane.environment is None and not self._open(lane):
+                    return
                 try:
                     job = self._waiting.get_nowait()
                 except queue.Empty:
@@ -116,22 +129,29 @@ class LocalBackend:
                 problem = _do(lane.worker, job)
                 if problem is not None:
                     lane.worker = None
+                    if self._stopped.is_set():  # it was told, and not by its own fault
+                        return
                 on_end(job, problem)
         except Exception as error:  # of this thread: raised by `run`
             self._errors.append(error)
         finally:
             lane.ended.set()
 
-    def _open(self, lane: _Lane) -> None:
-        """Leases a GPU where there are any."""
+    def _open(self, lane: _Lane) -> bool:
+        """Leases a GPU where there are any; False: none came free before the work was done."""
         environment = dict(os.environ)
         if self.num_threads is not None:
             environment["OMP_NUM_THREADS"] = str(self.num_threads)
-        if gpus := self.gpus():
-            gpu = lane.stack.enter_context(lease(gpus))
-            environment |= gpu.environment()
-            lane.descriptors = [gpu.descriptor]
+        gpus = self.gpus()
+        while gpus and not lane.descriptors:
+            if self._stopped.is_set() or self._waiting.empty():
+                return False
+            with contextlib.suppress(LeaseError):
+                gpu = lane.stack.enter_context(lease(gpus, wait_seconds=LEASE_SECONDS))
+                environment |= gpu.environment()
+                lane.descriptors = [gpu.descriptor]
         lane.environment = environment
+        return True
 
     def _start(self, lane: _Lane) -> subprocess.Popen:
         head = this_process().pid
@@ -155,6 +175,8 @@ def _do(worker: subprocess.Popen, job: Job) -> str | None:
         worker.stdin.flush()
     except BrokenPipeError:
         return describe_exit(worker.wait()) or "its process had ended"
-    if worker.stdout.readline():
-        return None
+    while answer := worker.stdout.readline():
+        with contextlib.suppress(ValueError, TypeError, KeyError):  # something else that was printed
+            if json.loads(answer)["number"] == job.number:
+                return None
     return describe_exit(worker.wait()) or "its process ended before the job did"

@@ -189,6 +189,13 @@ def hash_model(model: ModelConfig) -> str:
     return hash_folder(model_folder(model))
 
 
+def small_files(model: ModelConfig) -> list[str]:
+    """Hashes of the base's configurations, tokenizer and (where it brings any) code."""
+    folder = model_folder(model, weights=False)
+    suffixes = (".json", ".jinja", ".model", ".txt", ".py")
+    return [hash_once(path) for path in sorted(folder.iterdir()) if path.suffix in suffixes]
+
+
 def hash_folder(folder: Path) -> str:
     """SHA-256 over the configuration and the weights."""
     hashes = [hash_once(folder / CONFIG), *(hash_once(path) for path in weight_files(folder))]

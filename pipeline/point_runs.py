@@ -43,9 +43,11 @@ def want_point(point: Point, on_event: OnEvent | None = None) -> Training:
 
 def take_from_store(point: Point) -> bool:
     """Finishes a point that was trained and evaluated before, without a model; False where something is missing."""
+    if point.fingerprint is None or not store.is_finished(point.fingerprint):
+        return False
     wanted = want_point(point)
     folder = store.entry(wanted.key)
-    result = finished(folder) if folder.exists() else None
+    result = finished(folder)
     if result is None:
         return False
     write_training(wanted, folder, result)
@@ -87,7 +89,7 @@ def _contamination(point: Point, processed: Path) -> dict[str, int]:
     inputs = {
         "rows": [hash_once(processed / f"{split}.arrow") for split in ("train", "test")],
         "settings": [evaluate.max_rows, evaluate.contamination_ngram, evaluate.contamination_share],
-        "code": code_hash("pipeline.contamination"),
+        "code": code_hash("pipeline.evaluation"),
     }
     found = make_once("contamination", inputs, make)
     shutil.copy2(found / CONTAMINATION, workspace_of(point).output(f"reports/evaluate/{CONTAMINATION}"))

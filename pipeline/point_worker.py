@@ -67,9 +67,8 @@ def _run_together(points: Sequence[Point]) -> None:
     device = select_device(configs[0].runtime)
     trainings = [want_point(point, _on_event(point)) for point in points]
     outcomes = train(trainings, device)
-    stored = [isinstance(outcome, Trained) and outcome.source == "store" for outcome in outcomes]
-    for point, outcome, is_stored in zip(points, outcomes, stored, strict=True):
-        point.fused_with = 0 if is_stored else stored.count(False) - 1
+    for point, training, outcome in zip(points, trainings, outcomes, strict=True):
+        point.fingerprint = training.key
         if isinstance(outcome, Pruned):
             point.end(State.pruned, str(outcome))
         elif isinstance(outcome, PipelineError):
@@ -82,13 +81,16 @@ def _run_together(points: Sequence[Point]) -> None:
 def _finish(point: Point, trained: Trained, device: "torch.device") -> None:
     """Records the training, evaluates the adapter, records that."""
     point.training, point.run_id = trained.source, trained.run_id
+    if trained.source != "store":
+        point.fused_with = trained.result["metrics"].get("fused_with", 0)
     point.seconds["train"] = trained.seconds
     started = time.perf_counter()
     try:
         is_new = evaluate_point(point, device)
     except Interrupted:
         raise
-    except PipelineError as error:
+    except Exception as error:  # this point's end and no other's
+        logger.exception("evaluation")
         return point.end(State.failed, f"trained, and its evaluation failed: {error}")
     point.evaluation = "new" if is_new else "store"
     point.seconds["evaluate"] = time.perf_counter() - started

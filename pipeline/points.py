@@ -148,8 +148,9 @@ def link_inputs(folder: Path, processed: Path, quantized: Path) -> None:
     for name, source in ((PROCESSED, processed), (QUANTIZED, quantized)):
         link = folder / name
         link.parent.mkdir(parents=True, exist_ok=True)
-        if link.is_symlink() or link.exists():
-            link.unlink()
+        if link.is_dir() and not link.is_symlink():
+            raise DataError(f"{link}: a folder stands where a link to shared data goes. Choose another output folder.")
+        link.unlink(missing_ok=True)
         link.symlink_to(os.path.relpath(source.resolve(), link.parent.resolve()), target_is_directory=True)
 
 

@@ -9,6 +9,7 @@ import fcntl
 import logging
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,16 +17,19 @@ from typing import Any
 
 from pipeline.config import compose, to_settings
 from pipeline.errors import DataError, PipelineError
-from pipeline.files import hash_file, hash_path
+from pipeline.files import hash_once, hash_path
+from pipeline.gpu_leases import visible_gpus
 from pipeline.imports import ROOT, code_hash
-from pipeline.model_files import hash_model, model_folder
+from pipeline.model_files import hash_model, small_files
 from pipeline.points import Point
 from pipeline.provenance import package_versions
-from pipeline.schema import ModelConfig, RunConfig
+from pipeline.schema import RunConfig
 from pipeline.shared_results import make_once
 from pipeline.workspace import PROCESSED, QUANTIZED, project_root
 
 logger = logging.getLogger(__name__)
+BUSY = ("is busy, it is being blocked by", "Unable to acquire lock")  # what DVC says of another DVC
+BUSY_SECONDS = 10.0
 TEMPLATES = ROOT / "conf/chat_templates"
 
 
@@ -43,7 +47,7 @@ class SharedInputs:
     """Finds or makes the inputs of points, each once."""
 
     def __init__(self) -> None:
-        self._found: dict[str, Path] = {}
+        self._found: dict[str, Path | PipelineError] = {}
         self._reproduced: set[str] = set()
 
     def of(self, points: Sequence[Point]) -> dict[int, Inputs | PipelineError]:
@@ -85,13 +89,20 @@ class SharedInputs:
                 logger.info("%s: for %s", stage, " ".join(point.overrides))
                 options = [f"runtime.output_dir={folder}", "runtime.progress=false"]
                 options += [f"runtime.inputs_dir={source}"] if source is not None else []
-                command = [sys.executable, "-m", f"stages.{stage}", *point.overrides, *options]
+                leased = ["-m", "pipeline.gpu_leases", sys.executable] if visible_gpus() else []
+                command = [sys.executable, *leased, "-m", f"stages.{stage}", *point.overrides, *options]
                 done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, check=False)
                 if done.returncode:
                     raise DataError(f"{stage}: {(done.stderr or done.stdout).strip()}")
 
-            self._found[key] = make_once(stage, inputs, run)
-        return self._found[key]
+            try:
+                self._found[key] = make_once(stage, inputs, run)
+            except PipelineError as error:
+                self._found[key] = error
+        found = self._found[key]
+        if isinstance(found, PipelineError):
+            raise found
+        return found
 
 
 def _data(config: RunConfig) -> list[dict[str, Any]]:
@@ -111,9 +122,14 @@ def _reproduce(targets: Sequence[str]) -> None:
     with lock.open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         command = [sys.executable, "-m", "dvc", "repro", *targets]
-        done = subprocess.run(
-            command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False
-        )
+        while True:
+            done = subprocess.run(
+                command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False
+            )
+            if done.returncode == 0 or not any(text in done.stdout for text in BUSY):
+                break
+            logger.info("another dvc is at work here: waiting for it")
+            time.sleep(BUSY_SECONDS)
     ran = [line for line in done.stdout.splitlines() if line.startswith("Running stage")]
     if done.returncode:
         raise DataError(
@@ -125,9 +141,9 @@ def _reproduce(targets: Sequence[str]) -> None:
 def _prepare_inputs(config: RunConfig) -> dict[str, Any]:
     return {
         "settings": _data(config),
-        "files": [hash_path(path) for path in map(Path, (config.data.path, config.data.general_path)) if path.exists()],
+        "files": [hash_once(path) for path in map(Path, (config.data.path, config.data.general_path)) if path.exists()],
         "templates": hash_path(TEMPLATES),
-        "tokenizer": _small_files(config.model),
+        "tokenizer": small_files(config.model),
         "code": code_hash("stages.prepare"),
         "versions": package_versions(),
     }
@@ -137,15 +153,7 @@ def _quantize_inputs(config: RunConfig) -> dict[str, Any]:
     return {
         "settings": _base(config),
         "base": hash_model(config.model),
-        "tokenizer": _small_files(config.model),
+        "tokenizer": small_files(config.model),
         "code": code_hash("stages.quantize"),
         "versions": package_versions(),
     }
-
-
-def _small_files(model: ModelConfig) -> list[str]:
-    """Hashes of tokenizer and configurations."""
-    folder = model_folder(model, weights=False)
-    return [
-        hash_file(path) for path in sorted(folder.iterdir()) if path.suffix in (".json", ".jinja", ".model", ".txt")
-    ]

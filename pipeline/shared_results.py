@@ -8,6 +8,7 @@ import fcntl
 import hashlib
 import json
 import logging
+import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -37,12 +38,17 @@ def make_once(kind: str, inputs: Mapping[str, Any], make: Callable[[Path], None]
         except BlockingIOError:
             logger.info("%s: another process is making it: waiting", kind)
             fcntl.flock(lock, fcntl.LOCK_EX)
+        os.utime(lock.fileno())  # in use: `pipeline.store clean --older-than` looks at it
         if (folder / RESULT).exists() and content.is_dir():
             return content
-        shutil.rmtree(content, ignore_errors=True)
-        content.mkdir()
-        make(content)
-        flush(*(path for path in content.rglob("*") if not path.is_symlink()), content)
+        (folder / RESULT).unlink(missing_ok=True)
+        for leftover in folder.glob("content*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        unfinished = folder / f"content.{os.getpid()}"  # a killed one's child may still be writing into its own
+        unfinished.mkdir()
+        make(unfinished)
+        flush(*(path for path in unfinished.rglob("*") if not path.is_symlink()), unfinished)
+        unfinished.rename(content)
         write_json(folder / RESULT, {"kind": kind, "inputs": dict(inputs)})
     return content
 

@@ -139,6 +139,11 @@ def _read_owner(file: TextIO) -> Owner | None:
         return None
 
 
+def is_finished(fingerprint: str) -> bool:
+    """Whether it has a result, be it damaged: a quick look."""
+    return (entry(fingerprint) / RESULT).exists()
+
+
 def finished(folder: Path) -> dict[str, Any] | None:
     """The entry's result, or None when there is none or its adapter is not what was stored (then it is said)."""
     if not (folder / RESULT).exists():

@@ -4,13 +4,14 @@ import gc
 import logging
 from collections.abc import Mapping
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from pipeline.evidence import FILE, Evidence, ModelItems, join_answers, join_items
-from pipeline.files import hash_file, hash_once, hash_path, read_json, write_json, write_jsonl
+from pipeline.files import hash_once, hash_path, read_json, write_json, write_jsonl
 from pipeline.imports import code_hash
-from pipeline.model_files import hash_model, model_folder, weight_bytes
+from pipeline.model_files import hash_model, small_files, weight_bytes
 from pipeline.project_models import ProjectModels
 from pipeline.provenance import FILE as PROVENANCE
 from pipeline.provenance import package_versions, write_provenance
@@ -21,6 +22,7 @@ from pipeline.workspace import Workspace
 logger = logging.getLogger(__name__)
 MODELS = ("base", "quantized", "adapter")
 ITEMS = "items.json"
+SCORERS = ("rouge-score", "sacrebleu")
 NOT_OF_A_MODEL = ("contamination_ngram", "contamination_share", "harness_tasks", "harness_limit")
 
 
@@ -85,17 +87,18 @@ def _inputs(project: ProjectModels, name: str, processed: Path) -> dict[str, Any
     """Everything that decides what a model does on these rows; where it runs changes rounding alone."""
     config = project.config
     evaluate = {key: value for key, value in asdict(config.evaluate).items() if key not in NOT_OF_A_MODEL}
-    small_files = sorted(model_folder(config.model).glob("*.json"))
     inputs: dict[str, Any] = {
         "evaluate": evaluate,
         "rows": [hash_once(processed / f"{split}.arrow") for split in ("test", "general")],
-        "base": [hash_model(config.model), *(hash_file(path) for path in small_files)],
+        "base": [hash_model(config.model), *small_files(config.model)],
         "model": asdict(config.model),
         "code": code_hash("pipeline.stored_evaluation"),
-        "versions": package_versions(),
+        "versions": package_versions() | {name: version(name) for name in SCORERS},
     }
     if name == "quantized" or (name == "adapter" and project.training_base == "quantized" and not project.is_full):
         inputs["quantized"] = [hash_once(project.find("quantized")), asdict(config.quantization)]
+        if config.quantization.method is QuantizationMethod.int8:  # kept so, activations are quantised too
+            inputs["keep_quantized"] = str(config.runtime.keep_quantized)
     if name == "adapter":
         inputs["adapter"] = hash_once(project.find("adapter"))
     return inputs

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline import store, tracking
-from pipeline.errors import Interrupted, PipelineError
-from pipeline.files import copy_folder, hash_once, write_json, write_jsonl
+from pipeline.errors import Interrupted, PipelineError, TrainingError
+from pipeline.files import copy_folder, hash_once, write_json, write_jsonl, write_text
 from pipeline.fingerprint import fingerprint, training_inputs
 from pipeline.imports import code_hash
 from pipeline.model_files import hash_model
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 OnEvent = Callable[[int, dict[str, float]], None]
 FUSED = "pipeline.fused_finetuning"
+FUSED_MARK = "fused_code"
 LOADED_SPLITS = ("train", "validation")
 
 
@@ -124,6 +125,10 @@ def train(trainings: Sequence[Training], device: "torch.device") -> list[Trained
                 logger.info("taken from .training/%s: these settings, data, base and code were trained before", name)
                 each.outcome = Trained("store", result)
         waiting = [opened[training.key] for training in trainings if opened[training.key].outcome is None]
+        for each in waiting:  # a wait for the lock may have taken hours
+            if identify(each.training.config, each.training.workspace)[0] != each.training.key:
+                each.outcome = TrainingError("data, base or code were changed meanwhile. Run the same command again.")
+        waiting = [each for each in waiting if each.outcome is None]
         if waiting:
             _train(waiting, device)
         for each in opened.values():
@@ -146,6 +151,7 @@ def _train(waiting: Sequence[_Open], device: "torch.device") -> None:
     for each in waiting:
         runtime = each.training.config.runtime
         checkpoints = Checkpoints(each.folder / "checkpoints", runtime.checkpoint_steps, runtime.checkpoints_kept)
+        _mark_fused(each.folder, is_fused=len(waiting) > 1)
         target = store.new_adapter_folder(each.folder)
         members.append(Member(each.training.config, target, checkpoints, _both(each.live.log, each.training.on_event)))
     are_resumed = [any(member.checkpoints.folder.glob("checkpoint-*")) for member in members]
@@ -162,15 +168,27 @@ def _train(waiting: Sequence[_Open], device: "torch.device") -> None:
             raise
         except PipelineError as error:
             found = [error]
-    code = {"fused_code": code_hash(FUSED)} if len(members) > 1 else {}
     for each, is_resumed, outcome in zip(waiting, are_resumed, found, strict=True):
         if isinstance(outcome, PipelineError):
             each.outcome = outcome
             continue
         metrics, history = outcome
-        result = {"metrics": metrics, "history": history, "inputs": each.training.inputs, **code}
+        result = {"metrics": metrics, "history": history, "inputs": each.training.inputs}
+        mark = each.folder / FUSED_MARK
+        if mark.exists():
+            result["fused_code"] = mark.read_text(encoding="utf-8")
         store.finish(each.folder, result)
         each.outcome = Trained("resumed" if is_resumed else "new", result)
+
+
+def _mark_fused(folder: Path, is_fused: bool) -> None:
+    """Notes which fused code had a part in the training; steps of another version are not gone on with."""
+    mark, code = folder / FUSED_MARK, code_hash(FUSED)
+    if mark.exists() and mark.read_text(encoding="utf-8") != code:
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        mark.unlink()
+    if is_fused:
+        write_text(mark, code)
 
 
 def _both(first: OnEvent, second: OnEvent | None) -> OnEvent:

@@ -69,6 +69,7 @@ def make_points(
         command = shlex.join(["python", "-m", "stages.point", *overrides])
         point = Point(folder / f"{number:03d}", number, list(overrides), swept, command)
         try:
+            _check_runtime(overrides)
             settings = to_settings(composer.compose([*overrides, *runtime, f"runtime.output_dir={point.folder}"]))
             point.settings = dataclasses.asdict(settings)
             point.swept = {key: _composed(point.settings, key, value) for key, value in swept.items()}
@@ -76,6 +77,15 @@ def make_points(
             point.state, point.reason = State.failed, str(error)
         points.append(point)
     return points
+
+
+def _check_runtime(overrides: Sequence[str]) -> None:
+    """Raises: ConfigError: a setting of the machine that a point has no use for."""
+    ignored = [line for line in overrides if line.startswith(("runtime.inputs_dir", "runtime.output_dir"))]
+    if ignored:
+        raise ConfigError(
+            f"{ignored[0]}: a sweep finds or makes the inputs of its points, and gives them their folders"
+        )
 
 
 def find_axes(all_overrides: Sequence[Sequence[str]]) -> dict[str, list[Any]]:

@@ -4,34 +4,34 @@ python -m stages.train -m lora.r=4,8,16 train.learning_rate=2e-3,5e-3
 """
 
 import contextlib
-import json
+import fcntl
 import logging
 import math
 import queue
 import shutil
+import signal
 import sys
-import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-
-from tqdm import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
+from typing import TextIO
 
 from pipeline.config import quiet_logs
-from pipeline.errors import DataError, PipelineError
+from pipeline.errors import ConfigError, DataError, PipelineError
 from pipeline.files import read_json
 from pipeline.fusion import fusion_key, reason_alone
 from pipeline.jobs import Backend, Job
 from pipeline.point_runs import take_from_store, workspace_of
-from pipeline.points import POINT, PROGRESS, SWEEP, Point, State, Sweep, describe, link_inputs
+from pipeline.points import PROGRESS, SWEEP, Point, State, Sweep, describe, link_inputs
+from pipeline.pruning import TRIAL
 from pipeline.schema import RuntimeConfig
 from pipeline.shared_inputs import SharedInputs
 from pipeline.stored_training import identify
+from pipeline.sweep_lines import first_line, plan, reporting
 from pipeline.sweep_points import Composer, find_axes, make_points
-from pipeline.tracking_sweeps import open_sweep, record_point, record_sweep
+from pipeline.tracking_sweeps import open_sweep, record_sweep
 
 logger = logging.getLogger(__name__)
 MADE_BEFORE = ("models", "metrics", "reports")  # in a point's folder, by another point
@@ -63,6 +63,11 @@ class SweepRun:
     _inputs: SharedInputs = field(default_factory=SharedInputs, init=False)
     _sweep: Sweep | None = field(default=None, init=False)
     _runtime_config: RuntimeConfig | None = field(default=None, init=False)
+    _held: TextIO | None = field(default=None, init=False)  # the lock of the folder, as long as this process lives
+
+    def __post_init__(self) -> None:
+        if self.max_fused < 1:
+            raise ConfigError(f"hydra.launcher.max_fused: {self.max_fused} must be 1 or more.")
 
     def launch(self, all_overrides: Sequence[Sequence[str]], first: int) -> list[Path]:
         """Brings a point for each list of overrides to its end; its record tells which.
@@ -75,74 +80,120 @@ class SweepRun:
             KeyboardInterrupt: stopped; everything is kept, and the same command goes on.
         """
         quiet_logs()
-        points = make_points(
-            self.folder, all_overrides, first, [*self.runtime, "runtime.progress=false"], self._composer, self.searched
-        )
-        sweep = self._open(points, all_overrides, first)
-        try:
-            ready = self._prepare([point for point in points if point.state is State.waiting])
-            firsts = {point.fingerprint: point for point in reversed(ready)}
-            unique = [point for point in ready if firsts[point.fingerprint] is point]
-            left = [point for point in unique if not take_from_store(point)]
-            logger.info("%s: %s", self.folder, _plan(points, unique, left))
-            with self._reporting(points) as report:
-                self._run(left, report)
-            for point in ready:
-                if point not in unique:
-                    _copy(firsts[point.fingerprint], point)
-        except KeyboardInterrupt:
-            self._interrupt(points)
-            raise
-        sweep.save()
+        points: list[Point] = []
+        with _terminable():
+            try:
+                runtime = [*self.runtime, "runtime.progress=false"]
+                points = make_points(self.folder, all_overrides, first, runtime, self._composer, self.searched)
+                self._open(points, all_overrides, first)
+                self._work(points)
+            except BaseException as error:
+                self._break_off(points, error)
+                raise
         return [point.folder for point in points]
 
     def finish(self) -> None:
         """Prints what came of the sweep, records it.
 
         Raises:
-            SystemExit: a point failed: 1.
+            SystemExit: a point failed, or was stopped from outside: 1.
         """
         from pipeline.compare import compare
 
         sweep = self._sweep
         assert sweep is not None
-        self.backend.close()
-        points = sweep.load_points()
-        failed = [point for point in points if point.state is State.failed]
-        sweep.end(State.failed if failed else State.finished)
-        if any(point.state is State.finished for point in points):
-            print(compare(self.folder).text)
-        if self._runtime_config is not None:
-            record_sweep(self.folder, self._runtime_config)
+        with _terminable():
+            self.backend.close()
+            points = sweep.load_points()
+            lost = [point for point in points if point.state not in (State.finished, State.pruned)]
+            sweep.end(State.failed if lost else State.finished)
+            try:
+                if any(point.state is State.finished for point in points):
+                    print(compare(self.folder).text)
+            except PipelineError as error:
+                print(f"no comparison: {error}")
+            if self._runtime_config is not None:
+                record_sweep(self.folder, self._runtime_config)
         counts = Counter(point.training if point.state is State.finished else str(point.state) for point in points)
         print(f"{self.folder}: {len(points)} points: " + ", ".join(f"{n} {name}" for name, n in counts.items()))
-        for point in failed:
-            print(f"  failed: {point.folder.name} ({describe(point.swept)}): {_first_line(point.reason)}")
-        if failed:
-            print(f"{len(failed)} of {len(points)} points failed; the same command tries them again.")
+        for point in lost:
+            print(f"  {point.state}: {point.folder.name} ({describe(point.swept)}): {first_line(point.reason)}")
+        if lost:
+            print(f"{len(lost)} of {len(points)} points failed; the same command tries them again.")
             raise SystemExit(1)
 
-    def _open(self, points: list[Point], all_overrides: Sequence[Sequence[str]], first: int) -> Sweep:
-        """Writes the records of sweep and points, and opens the parent run."""
+    def _open(self, points: list[Point], all_overrides: Sequence[Sequence[str]], first: int) -> None:
+        """Writes the records of sweep and points, and opens the parent run.
+
+        Raises:
+            ConfigError: another process is at work in this folder.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
-        before = Sweep.load(self.folder).load_points() if (self.folder / SWEEP).exists() else []
+        self._lock()
+        goes_on = (first or self.searched is not None) and (self.folder / SWEEP).exists()
+        before = Sweep.load(self.folder).load_points() if goes_on else []
         launched = range(first, first + len(points)) if self.searched is not None else range(first, sys.maxsize)
         before = [point for point in before if point.number not in launched]
         if self._sweep is None:
             self._sweep = Sweep(self.folder, self.command, self.launcher, started=int(time.time() * 1000))
         sweep = self._sweep
         sweep.axes = find_axes([*(point.overrides for point in before), *all_overrides])
-        sweep.points = sorted(point.folder.name for point in [*before, *points])
+        sweep.points = [p.folder.name for p in sorted([*before, *points], key=lambda point: point.number)]
         sweep.state = State.running
         for point in points:
-            point.folder.mkdir(exist_ok=True)
-            point.save()
+            self._open_point(point)
         sweep.save()
         self._runtime_config = next((point.config.runtime for point in points if point.settings), None)
         if sweep.run_id is None and self._runtime_config is not None:
             sweep.run_id = open_sweep(self.folder, self._runtime_config)
             sweep.save()
-        return sweep
+
+    def _lock(self) -> None:
+        if self._held is not None:
+            return
+        self._held = (self.folder / ".lock").open("a")
+        try:
+            fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"{self.folder}: another sweep is at work there. Wait, or choose another name.") from None
+
+    def _open_point(self, point: Point) -> None:
+        """Makes the point's folder ready; of other settings that were there before nothing stays."""
+        point.folder.mkdir(exist_ok=True)
+        old = None
+        with contextlib.suppress(DataError):
+            old = Point.load(point.folder)
+        if old is None or old.settings != point.settings:
+            for name in MADE_BEFORE:
+                shutil.rmtree(point.folder / name, ignore_errors=True)
+        (point.folder / PROGRESS).unlink(missing_ok=True)
+        if self.searched is None:
+            (point.folder / TRIAL).unlink(missing_ok=True)  # of a search that had this folder
+        if old is None or old.state is not State.finished or old.settings != point.settings:
+            point.save()  # one that is finished stays so until something takes its place
+
+    def _work(self, points: Sequence[Point]) -> None:
+        """Brings the points that can be to their ends."""
+        assert self._sweep is not None
+        ready = self._prepare([point for point in points if point.state is State.waiting])
+        firsts = {point.fingerprint: point for point in reversed(ready)}
+        unique = [point for point in ready if firsts[point.fingerprint] is point]
+        left = [point for point in unique if not _take(point)]
+        if any(point.config.evaluate.harness_tasks for point in ready):
+            logger.warning(
+                "evaluate.harness_tasks: not run for points; use `python -m pipeline.harness` on what you adopt"
+            )
+        logger.info("%s: %s", self.folder, plan(points, unique, left))
+        with reporting(points, self._runtime_config) as report:
+            self._run(left, report)
+            same = [point for point in ready if point not in unique]
+            for point in same:
+                source = firsts[point.fingerprint]
+                if source.state is not State.finished:
+                    point.end(source.state, f"the same training as {source.folder.name}: {source.reason}")
+            # a training that is another one's may be evaluated otherwise
+            self._run([p for p in same if p.state is State.waiting and not _take(p)], report, fused=False)
+        self._sweep.save()
 
     def _prepare(self, points: list[Point]) -> list[Point]:
         """Gives the points their inputs and fingerprints; those that cannot have them have failed."""
@@ -154,33 +205,46 @@ class SweepRun:
                 point.end(State.failed, str(inputs))
                 continue
             link_inputs(point.folder, inputs.processed, inputs.quantized)
-            fingerprint, _ = identify(point.config, workspace_of(point))
+            try:
+                fingerprint, _ = identify(point.config, workspace_of(point))
+            except PipelineError as error:
+                point.end(State.failed, str(error))
+                continue
             if _fingerprint_in(point.folder) not in (None, fingerprint):
                 for name in MADE_BEFORE:
                     shutil.rmtree(point.folder / name, ignore_errors=True)
                 link_inputs(point.folder, inputs.processed, inputs.quantized)
             point.fingerprint = fingerprint
-            point.save()
             ready.append(point)
         return ready
 
-    def _run(self, points: Sequence[Point], report: "queue.SimpleQueue[Point]") -> None:
-        if not points:
-            return
-        by_folder = {point.folder: point for point in points}
+    def _run(self, points: Sequence[Point], report: "queue.SimpleQueue[Point]", fused: bool | None = None) -> None:
+        """Has the backend do the points; those of a fused job that was killed once more, each alone."""
+        by_folder, again = {point.folder: point for point in points}, []
 
         def on_end(job: Job, problem: str | None) -> None:
             for folder in job.folders:
                 point = Point.load(folder)
-                if problem is not None and point.state in (State.waiting, State.running):
-                    point.end(State.failed, f"{problem} (see {job.folders[0] / 'worker.log'})")
+                if point.state in (State.waiting, State.running):
+                    if job.fused and problem is not None:
+                        logger.warning("%s: %s; once more, alone", folder.name, problem)
+                        point.end(State.waiting)
+                        again.append(point)
+                        continue
+                    why = problem or "its process ended without a word"
+                    point.end(State.failed, f"{why} (see {job.folders[0] / 'worker.log'})")
                 by_folder[folder].__dict__.update(point.__dict__)
                 report.put(by_folder[folder])
 
-        self.backend.run(self._jobs(points), on_end)
+        for point in points:
+            point.save()
+        if points:
+            self.backend.run(self._jobs(points, self.fused if fused is None else fused), on_end)
+        if again:
+            self._run([by_folder[point.folder] for point in again], report, fused=False)
 
-    def _jobs(self, points: Sequence[Point]) -> list[Job]:
-        if not self.fused:
+    def _jobs(self, points: Sequence[Point], fused: bool) -> list[Job]:
+        if not fused:
             return [Job(number, (point.folder,)) for number, point in enumerate(points)]
         groups: dict[object, list[Point]] = {}
         for point in points:
@@ -195,91 +259,41 @@ class SweepRun:
             jobs += [group[start : start + size] for start in range(0, len(group), size)]
         return [Job(n, tuple(point.folder for point in job), fused=len(job) > 1) for n, job in enumerate(jobs)]
 
-    @contextlib.contextmanager
-    def _reporting(self, points: Sequence[Point]) -> Iterator["queue.SimpleQueue[Point]"]:
-        """Takes points that have ended, prints a line for each, sends it to MLflow, and shows how far the rest is."""
-        ended: queue.SimpleQueue[Point | None] = queue.SimpleQueue()
-        shown = any(point.state is State.waiting for point in points)
-        done = sum(point.state is not State.waiting for point in points)
-        bar = tqdm(total=len(points), initial=done, desc="points", unit="point", disable=not shown, smoothing=0)
-
-        def work() -> None:
-            while True:
-                try:
-                    point = ended.get(timeout=REFRESH_SECONDS)
-                except queue.Empty:
-                    bar.set_postfix_str(_running(points))
-                    continue
-                if point is None:
-                    return
-                logger.info("%s", _line(point))
-                bar.update()
-                if self._runtime_config is not None:
-                    record_point(point.folder, self._runtime_config)
-
-        thread = threading.Thread(target=work, name="sweep-report", daemon=True)
-        with logging_redirect_tqdm(), bar:
-            thread.start()
-            try:
-                yield ended  # type: ignore[misc]
-            finally:
-                ended.put(None)
-                thread.join()
-
-    def _interrupt(self, points: Sequence[Point]) -> None:
+    def _break_off(self, points: Sequence[Point], error: BaseException) -> None:
+        """Writes down that the sweep ends here, and why."""
+        if self._sweep is None:
+            return
+        is_stop = isinstance(error, KeyboardInterrupt)
         for point in points:
-            if (point.folder / POINT).exists():
-                point = Point.load(point.folder)
-            if point.state in (State.waiting, State.running):
-                point.end(State.interrupted, "the sweep was stopped")
-        assert self._sweep is not None
-        self._sweep.end(State.interrupted)
-        done = sum(Point.load(point.folder).state is State.finished for point in points)
+            with contextlib.suppress(DataError):
+                now = Point.load(point.folder)
+                if now.state in (State.waiting, State.running):
+                    now.end(State.interrupted, "the sweep was stopped" if is_stop else f"the sweep ended: {error}")
+                point.state = now.state
+        self._sweep.end(State.interrupted if is_stop else State.failed)
+        done = sum(point.state is State.finished for point in points)
         logger.info("%s: stopped; %d of %d points are done", self.folder, done, len(points))
         if self._runtime_config is not None:
             record_sweep(self.folder, self._runtime_config)
 
 
-def _plan(points: Sequence[Point], unique: Sequence[Point], left: Sequence[Point]) -> str:
-    """What is going to happen, in a line."""
-    failed = sum(point.state is State.failed for point in points)
-    same = len(points) - failed - len(unique)
-    parts = [f"{len(points)} points", f"{len(left)} to do", f"{len(unique) - len(left)} from the store"]
-    parts += [f"{same} the same as another"] if same else []
-    parts += [f"{failed} cannot be"] if failed else []
-    return ", ".join(parts)
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM is as Ctrl-C while inside: what is written down is the same."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
-def _line(point: Point) -> str:
-    """An ended point in a line."""
-    name = f"{point.folder.name} {describe(point.swept)}"
-    if point.state is not State.finished:
-        return f"{name}: {point.state}: {_first_line(point.reason)}"
-    train, evaluate = (read_json(point.folder / f"metrics/{stage}.json") for stage in ("train", "evaluate"))
-    seconds = sum(point.seconds.values())
-    together = f", fused with {point.fused_with}" if point.fused_with else ""
-    return (
-        f"{name}: validation loss {train['validation_loss']:.4f}, test loss {evaluate['adapter']['loss']:.4f} "
-        f"({point.training}{together}, {seconds:.0f} s)"
-    )
-
-
-def _running(points: Sequence[Point]) -> str:
-    """Points in work and their steps."""
-    found = []
-    for point in points:
-        path = point.folder / PROGRESS
-        if point.state is State.waiting and path.exists():
-            with contextlib.suppress(OSError, ValueError):
-                found.append(f"{point.folder.name} step {json.loads(path.read_text(encoding='utf-8'))['step']}")
-    return ", ".join(found[:4]) + (f" and {len(found) - 4} more" if len(found) > 4 else "")
-
-
-def _copy(source: Point, point: Point) -> None:
-    """A point with the settings of another one, in other words, has the other one's end."""
-    if source.state is State.finished and take_from_store(point):
-        return
-    point.end(source.state, f"the same training as {source.folder.name}: {source.reason}")
+def _take(point: Point) -> bool:
+    """Whether the store had all of the point; what is damaged there is made again by a worker."""
+    try:
+        return take_from_store(point)
+    except (PipelineError, OSError) as error:
+        logger.warning("%s: not taken from the store: %s", point.folder.name, error)
+        return False
 
 
 def _fingerprint_in(folder: Path) -> str | None:
@@ -287,7 +301,3 @@ def _fingerprint_in(folder: Path) -> str | None:
     with contextlib.suppress(DataError, KeyError):
         return str(read_json(folder / "metrics/train.json")["fingerprint"])
     return None
-
-
-def _first_line(reason: str | None) -> str:
-    return (reason or "no reason given").strip().splitlines()[0]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import DataError
-from pipeline.files import hash_file, read_json, write_json
+from pipeline.files import hash_once, read_json, write_json
 from pipeline.provenance import package_versions
 from pipeline.schema import RunConfig, TrainMethod
 
@@ -111,7 +111,7 @@ def describe_datasets(config: RunConfig, processed: Path) -> list[dict[str, Any]
             found.append(
                 {
                     "name": Path(of_split).stem if split == "general" else f"{name}-{split}",
-                    "digest": hash_file(path)[:16],
+                    "digest": hash_once(path)[:16],
                     "context": context,
                     "num_rows": len(load_split(processed, split)),
                     "source": of_split,

@@ -35,7 +35,9 @@ def test_every_path_that_it_names_exists_or_is_made() -> None:
     assert [name for name in sorted(names) if not name.startswith(made) and not (ROOT / name).exists()] == []
 
 
-@pytest.mark.parametrize("command", [c for kind in ("data", "model", "gpu") for c in commands(kind)] + commands("queue")[:1])
+@pytest.mark.parametrize(
+    "command", [c for kind in ("data", "model", "gpu") for c in commands(kind)] + commands("queue")[:1]
+)
 def test_commands_for_other_machines_compose(command: str) -> None:
     words = shlex.split(command.replace("<commit>", REVISION))
     assert words[:3] == ["dvc", "exp", "run"]

@@ -202,6 +202,36 @@ def test_a_stopped_sweep_leaves_nobody_behind_and_goes_on(project: Project, numb
     assert points(project, name)["000"].training == "resumed"
 
 
+def test_points_that_differ_in_their_evaluation_alone_are_trained_once_and_evaluated_each(project: Project) -> None:
+    before = trained(project)
+    project.run(f"{SWEEP} lora.r=2 evaluate.max_new_tokens=4,8 hydra.sweep.dir=multirun/evaluations")
+    assert trained(project) == before
+    found = points(project, "evaluations")
+    assert [point.state for point in found.values()] == [State.finished, State.finished]
+    items = [(point.folder / "reports/evaluate/predictions.jsonl").read_text() for point in found.values()]
+    assert items[0] != items[1]
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_told_to_stop_makes_the_sweep_fail(project: Project) -> None:
+    process = start(project, f"{LONG} train.seed=5 lora.r=5 hydra.sweep.dir=multirun/told")
+    wait_for(lambda: step(project, "told/000") >= 10, process)
+    workers(process)[0].terminate()
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode == 1, output
+    assert "interrupted: 000" in output
+
+
+@pytest.mark.slow
+def test_a_second_sweep_in_the_same_folder_is_refused(project: Project) -> None:
+    arguments = f"{LONG} train.seed=6 lora.r=2 hydra.sweep.dir=multirun/shared"
+    process = start(project, arguments)
+    wait_for(lambda: step(project, "shared/000") >= 1, process)
+    assert "another sweep is at work there" in project.run(f"{SWEEP} {arguments}", ok=False)
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, output
+
+
 @pytest.mark.slow
 def test_two_sweeps_over_the_same_points_train_each_once(project: Project) -> None:
     arguments = f"{LONG} train.seed=77 lora.r=2,3 hydra.sweep.dir=multirun"

@@ -1,5 +1,6 @@
 """Workers on this machine: every job has its end, whatever becomes of its process."""
 
+import contextlib
 import os
 import signal
 import sys
@@ -10,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from pipeline import local_backend
+from pipeline.errors import ConfigError
+from pipeline.gpu_leases import Gpu, Lease, LeaseError
 from pipeline.jobs import Job, describe_exit
 from pipeline.local_backend import LocalBackend
 
@@ -73,6 +76,37 @@ def test_one_process_does_many_jobs_with_its_threads(jobs, tmp_path: Path) -> No
     said = {(tmp_path / name / "done").read_text() for name in "abc"}
     assert len(said) == 1
     assert said.pop().split()[1] == "3"
+
+
+def test_more_workers_than_gpus_are_as_many_as_gpus(jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = Gpu(0, "GPU-one", None)
+    leased: list[str] = []
+
+    @contextlib.contextmanager
+    def lease(gpus, wait_seconds=None):
+        if leased:
+            raise LeaseError("taken")
+        leased.append(gpus[0].uuid)
+        with (tmp_path / "lease").open("w") as file:
+            yield Lease(0, "GPU-one", None, file.fileno())
+        leased.clear()
+
+    monkeypatch.setattr(local_backend, "visible_gpus", lambda: [one])
+    monkeypatch.setattr(local_backend, "lease", lease)
+    backend = LocalBackend(3)
+    assert backend.count() == 1
+    assert set(run(backend, jobs("a", "b", "c")).values()) == {None}
+    leased.append("by another sweep")  # which never lets it go: nobody waits once the work is stopped
+    backend = LocalBackend(1)
+    threading.Timer(0.3, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+    with pytest.raises(KeyboardInterrupt):
+        run(backend, jobs("d"))
+
+
+@pytest.mark.parametrize("settings", [{"num_workers": 0}, {"num_workers": -1}, {"num_threads": 0}])
+def test_impossible_settings_are_refused(settings: dict[str, int]) -> None:
+    with pytest.raises(ConfigError, match="must be 1 or more"):
+        LocalBackend(**settings)
 
 
 def test_stopped_it_tells_running_workers_and_starts_no_more(jobs, tmp_path: Path) -> None:

@@ -45,6 +45,20 @@ def test_what_fails_half_way_is_made_again(tmp_path: Path) -> None:
     assert find_made("thing", {}) is None
 
 
+def test_a_lost_content_is_not_believed_to_be_there(tmp_path: Path) -> None:
+    found = make_once("thing", {}, lambda folder: None)
+    found.rmdir()
+
+    def fails(folder: Path) -> None:
+        (folder / "half").write_text("half")
+        raise ValueError("no")
+
+    with pytest.raises(ValueError, match="no"):
+        make_once("thing", {}, fails)
+    assert find_made("thing", {}) is None
+    assert list(make_once("thing", {}, lambda folder: None).iterdir()) == []
+
+
 def _slowly(folder: Path) -> None:
     (folder / f"{multiprocessing.current_process().pid}").write_text("")
     time.sleep(0.5)
