@@ -42,8 +42,9 @@ def settings(folder: Path, *overrides: str) -> RunConfig:
 
 
 @pytest.fixture
-def folder(tmp_path, tiny_llama) -> Path:
-    """A base with its tokenizer and a processed split of 6 test rows."""
+def folder(tmp_path, tiny_llama, monkeypatch) -> Path:
+    """A base with its tokenizer and a processed split of 6 test rows; the store is there, too."""
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
     vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f" w{i}": i for i in range(3, 96)}
     core = Tokenizer(WordLevel(vocabulary, unk_token=" w3"))
     core.decoder = Fuse()
