@@ -11,7 +11,6 @@ import pytest
 from tests.conftest import Project, copy_project
 from tests.stages.test_dvc import make_small
 
-pytest.importorskip("optuna")
 SWEEP = (
     "exec python -m stages.train -m hydra/sweeper=optuna hydra.sweep.dir=multirun/search hydra.sweeper.n_trials=9 "
     "hydra.sweeper.n_parallel=3 hydra.sweeper.sampler=random lora.r=2,4 "

@@ -6,11 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
 
 from pipeline.pruning import make_pruner, open_storage, pruner_for, write_trial
 
-optuna = pytest.importorskip("optuna")
 STEPS = (0, 10, 20, 30, 40)
 
 

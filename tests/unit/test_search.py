@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import optuna
 import pytest
 from omegaconf import OmegaConf
 
@@ -21,7 +22,6 @@ from pipeline.search import Search, consecutive
 from pipeline.search_settings import SearchSettings
 from pipeline.search_space import Choices, Interval, Space, parse_space
 
-optuna = pytest.importorskip("optuna")
 ROOT = Path(__file__).resolve().parents[2]
 AXES = ("lora.r=2,4,8,16", "train.learning_rate=tag(log,interval(1e-4,1e-1))", "train.max_steps=40")
 
