@@ -6,6 +6,7 @@ A launcher here trains and evaluates every point in processes of its own, whatev
 import os
 import shlex
 import sys
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,19 +28,26 @@ HERE = "hydra_plugins.lora_pipeline.launchers"
 
 
 @dataclass
-class LocalConf:
+class PointConf:
     """Attributes:
-    num_workers: processes at once; null: one a GPU, else one.
-    num_threads: CPU threads of each; null: torch's own choice.
+    num_threads: CPU threads of each process; null: torch's own choice.
     fused: points that can share a base are trained together.
     max_fused: of them in one process, at most.
     """
 
-    _target_: str = f"{HERE}.LocalLauncher"
-    num_workers: Optional[int] = None
     num_threads: Optional[int] = None
     fused: bool = False
     max_fused: int = 8
+
+
+@dataclass
+class LocalConf(PointConf):
+    """Attributes:
+    num_workers: processes at once; null: one a GPU, else one.
+    """
+
+    _target_: str = f"{HERE}.LocalLauncher"
+    num_workers: Optional[int] = None
 
 
 @dataclass
@@ -48,8 +56,8 @@ class FusedConf(LocalConf):
 
 
 @dataclass
-class RayConf:
-    """Attributes: see pipeline.ray_backend.RayBackend; the others as of `LocalConf`."""
+class RayConf(PointConf):
+    """Attributes: see pipeline.ray_backend.RayBackend."""
 
     _target_: str = f"{HERE}.RayLauncher"
     address: Optional[str] = None
@@ -57,14 +65,11 @@ class RayConf:
     num_gpus: float = 0.0
     max_retries: int = 3
     stop_seconds: float = 120.0
-    num_threads: Optional[int] = None
-    fused: bool = False
-    max_fused: int = 8
 
 
 @dataclass
-class SlurmConf:
-    """Attributes: see pipeline.slurm_backend.SlurmBackend; the others as of `LocalConf`."""
+class SlurmConf(PointConf):
+    """Attributes: see pipeline.slurm_backend.SlurmBackend."""
 
     _target_: str = f"{HERE}.SlurmLauncher"
     partition: Optional[str] = None
@@ -81,9 +86,6 @@ class SlurmConf:
     setup: list[str] = field(default_factory=list)
     additional_parameters: dict[str, Any] = field(default_factory=dict)
     cluster: Optional[str] = None
-    num_threads: Optional[int] = None
-    fused: bool = False
-    max_fused: int = 8
 
 
 @dataclass
@@ -108,12 +110,14 @@ class PointLauncher(Launcher):
 
     name: str
 
-    def __init__(self, num_threads: int | None, fused: bool, max_fused: int):
+    def __init__(self, num_threads: int | None, fused: bool, max_fused: int, **settings: Any):
         self.num_threads, self.fused, self.max_fused = num_threads, fused, max_fused
+        self.settings = settings  # of the backend
         self._run: SweepRun | None = None
 
+    @abstractmethod
     def backend(self) -> "Backend":
-        raise NotImplementedError
+        """Where the jobs run."""
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self.config, self.stage = config, task_function.__name__
@@ -150,23 +154,20 @@ class PointLauncher(Launcher):
 
 
 class LocalLauncher(PointLauncher):
-    def __init__(self, num_workers: int | None, **settings: Any):
+    def __init__(self, **settings: Any):
         super().__init__(**settings)
-        self.wanted = num_workers
         self.name = "fused" if self.fused else "local"
 
     def backend(self) -> "Backend":
         from pipeline.local_backend import LocalBackend
 
-        return LocalBackend(self.wanted, self.num_threads, str(self.config.runtime.device) in ("cpu", "Device.cpu"))
+        return LocalBackend(
+            self.settings["num_workers"], self.num_threads, str(self.config.runtime.device) in ("cpu", "Device.cpu")
+        )
 
 
 class RayLauncher(PointLauncher):
     name = "ray"
-
-    def __init__(self, num_threads: int | None, fused: bool, max_fused: int, **settings: Any):
-        super().__init__(num_threads, fused, max_fused)
-        self.settings = settings
 
     def backend(self) -> "Backend":
         from pipeline.ray_backend import RayBackend
@@ -176,10 +177,6 @@ class RayLauncher(PointLauncher):
 
 class SlurmLauncher(PointLauncher):
     name = "slurm"
-
-    def __init__(self, num_threads: int | None, fused: bool, max_fused: int, **settings: Any):
-        super().__init__(num_threads, fused, max_fused)
-        self.settings = settings
 
     def backend(self) -> "Backend":
         from pipeline.slurm_backend import SlurmBackend
