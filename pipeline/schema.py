@@ -109,6 +109,22 @@ class KeepQuantized(StrEnum):
     never = "never"
 
 
+class OnMisfit(StrEnum):
+    """What happens before a stage loads a base that the plan says can't fit the device."""
+
+    fail = "fail"
+    warn = "warn"
+    ignore = "ignore"  # no plan is made
+
+
+class Engine(StrEnum):
+    """What several processes of one training share; with one process none is used."""
+
+    ddp = "ddp"  # each holds the whole base; gradients are summed
+    fsdp = "fsdp"  # FSDP2: weights, gradients and optimizer states in pieces
+    deepspeed = "deepspeed"  # ZeRO
+
+
 @dataclass
 class SplitFiles:
     """File names below `data.path` (or data set splits of the Hub). `null`: split off `train` by hash of the prompt."""
@@ -252,6 +268,14 @@ class RuntimeConfig:
     progress: bool = MISSING
     checkpoint_steps: int = MISSING  # optimizer steps between checkpoints of a training
     checkpoints_kept: int = MISSING  # 1 or more
+    on_misfit: OnMisfit = MISSING
+    engine: Engine = MISSING
+    num_processes: int = MISSING  # of the training, over all machines; one a GPU
+    num_machines: int = MISSING
+    machine_rank: int = MISSING  # of this machine, from 0
+    main_process_address: Optional[str] = MISSING  # of machine 0: name or IP; null: this machine
+    main_process_port: Optional[int] = MISSING  # null: a free one, for one machine
+    zero_stage: int = MISSING  # of deepspeed: 2 or 3
     tracking: bool = MISSING  # log to MLflow
     system_metrics: bool = MISSING
     inputs_dir: str = MISSING  # by hand: where earlier stages' outputs are looked for first

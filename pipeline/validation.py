@@ -131,8 +131,23 @@ def _train_problems(train: TrainConfig) -> list[str]:
 
 
 def _runtime_problems(runtime: RuntimeConfig) -> list[str]:
-    keys = ("num_threads", "num_workers", "checkpoint_steps", "checkpoints_kept")
-    return [line for key in keys for line in _at_least(f"runtime.{key}", getattr(runtime, key), 1)]
+    keys = ("num_threads", "num_workers", "checkpoint_steps", "checkpoints_kept", "num_processes", "num_machines")
+    found = [line for key in keys for line in _at_least(f"runtime.{key}", getattr(runtime, key), 1)]
+    if not 0 <= runtime.machine_rank < runtime.num_machines:
+        found.append(f"runtime.machine_rank: {runtime.machine_rank} must be from 0 to runtime.num_machines - 1")
+    if runtime.num_machines >= 1 and runtime.num_processes % runtime.num_machines:
+        found.append(
+            f"runtime.num_processes: {runtime.num_processes} are of all machines together: a multiple of "
+            f"runtime.num_machines, {runtime.num_machines}"
+        )
+    if runtime.num_machines > 1 and (runtime.main_process_address is None or runtime.main_process_port is None):
+        found.append(
+            "runtime.num_machines: several machines meet at machine 0; give runtime.main_process_address and "
+            "runtime.main_process_port"
+        )
+    if runtime.zero_stage not in (2, 3):
+        found.append(f"runtime.zero_stage: {runtime.zero_stage} must be 2 or 3")
+    return found
 
 
 def _conflicts(config: Config) -> list[str]:
