@@ -82,14 +82,8 @@ def pack_rows(ids: Sequence[np.ndarray], masks: Sequence[np.ndarray]) -> Batch:
     )
 
 
-def batches_by_length(split: Split, batch_size: int, pad_token_id: int, packed: bool = False) -> Iterator[Batch]:
-    """Every row that has a supervised token once, longest first (so that memory runs out at once or not at all)."""
-    for rows in rows_by_length(split, batch_size):
-        yield collate(split, rows, pad_token_id, packed)
-
-
 def rows_by_length(split: Split, batch_size: int) -> Iterator[list[int]]:
-    """The rows of `batches_by_length`."""
+    """Every row that has a supervised token once, longest first (so that memory runs out at once or not at all)."""
     order = np.argsort(-split.lengths, kind="stable")
     order = order[split.num_supervised[order] > 0]
     for start in range(0, len(order), batch_size):

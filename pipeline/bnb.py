@@ -156,6 +156,21 @@ def check_kept_layers(model: torch.nn.Module) -> None:
             )
 
 
+def store_for_shards(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Stores 4-bit codes as `dtype`, the same bytes (`bnb_4bit_quant_storage`): FSDP cuts floating weights alone.
+
+    Raises:
+        ModelError: a layer whose codes do not fill whole numbers of that type.
+    """
+    for name, layer in model.named_modules():
+        if isinstance(layer, bnb.nn.Linear4bit):
+            codes = layer.weight.data.view(-1)
+            if codes.numel() % dtype.itemsize:
+                raise ModelError(f"{name}: {codes.numel()} bytes of 4-bit codes are not whole numbers of {dtype}.")
+            layer.quant_storage = dtype
+            layer.weight = params_4bit(codes.view(dtype).view(-1, 1), layer.weight.quant_state, layer)
+
+
 def params_4bit(data: torch.Tensor, state: Any, layer: torch.nn.Module) -> torch.nn.Parameter:
     """The 4-bit parameter of a layer, from codes and quantisation state that are there already."""
     layer.quant_state = state

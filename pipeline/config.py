@@ -31,6 +31,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from pipeline.conditions import condition_problems
 from pipeline.errors import ConfigError, PipelineError
+from pipeline.launched import leave_message, rank
 from pipeline.schema import RunConfig
 from pipeline.search_space import parse_axis
 from pipeline.validation import problems
@@ -209,7 +210,7 @@ def stage(body: Body, name: str) -> Callable[[], None]:
     """The command-line entry of a stage: composes, checks, runs, and turns a user's mistake into one clean message."""
 
     def task(config: DictConfig) -> None:
-        quiet_logs()
+        quiet_logs(logging.INFO if rank() == 0 else logging.ERROR)
         with clean_errors(name):
             settings = to_settings(config)
             runtime = settings.runtime
@@ -257,7 +258,8 @@ class clean_errors:
             self._exit(f"no space left on the disk while writing {where}. Free some, run again.", 1)
 
     def _exit(self, message: str, code: int) -> None:
-        print(f"{self.name}: error: {message}", file=sys.stderr)
+        if not leave_message(message):
+            print(f"{self.name}: error: {message}", file=sys.stderr)
         raise SystemExit(code) from None
 
 
@@ -278,6 +280,7 @@ def quiet_logs(level: int = logging.INFO, force: bool = True) -> None:
     logging.basicConfig(format="%(message)s", level=level, force=force)
     # peft asks transformers by an old name; nothing that a user could mend
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+    warnings.filterwarnings("ignore", message="`gradient_checkpointing_enable` is deprecated", category=FutureWarning)
     for noisy in ("httpx", "urllib3", "datasets", "alembic", "mlflow.store", "matplotlib", "lm_eval"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
 

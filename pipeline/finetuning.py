@@ -12,16 +12,20 @@ from transformers import PreTrainedModel
 
 from pipeline import guards
 from pipeline.batching import collate
+from pipeline.bnb import store_for_shards
 from pipeline.checkpoints import Checkpoints
 from pipeline.dataset import Split, load_split
 from pipeline.errors import TrainingError
+from pipeline.launched import world_size
 from pipeline.lora import attach_lora, save_adapter
 from pipeline.losses import supervised_logits
 from pipeline.modeling import quiet_transformers
 from pipeline.optimizers import warmup_steps
 from pipeline.quantization import load_training_base
-from pipeline.runtime import seed_everything, use_deterministic_kernels
-from pipeline.schema import RunConfig, TrainMethod
+from pipeline.quantized_layers import FOUR_BIT
+from pipeline.ranks import ALONE, Ranks, whole
+from pipeline.runtime import seed_everything, torch_dtype, use_deterministic_kernels
+from pipeline.schema import KeepQuantized, RunConfig, TrainMethod
 from pipeline.tokenizer import load_tokenizer
 from pipeline.training import OnEvent, Progress, Trainer, num_steps, peak_memory_bytes
 
@@ -36,8 +40,12 @@ def finetune(
     checkpoints: Checkpoints,
     device: torch.device,
     on_event: OnEvent,
+    ranks: Ranks = ALONE,
 ) -> tuple[dict[str, Any], list[dict[str, float]]]:
     """Trains, from the newest checkpoint if any, and saves in `adapter_folder` (PEFT; with method full the model).
+
+    Args:
+        ranks: the processes that train together, each of which calls this; process 0 alone writes files.
 
     Returns:
         The metrics of `metrics/train.json`, and the history: one object a logged event.
@@ -50,20 +58,32 @@ def finetune(
     use_deterministic_kernels()
     train_split, validation_split = load_splits(processed)
     tokenizer = load_tokenizer(config.model)
-    base = load_training_base(
-        config.model, config.quantization, config.train.method, quantized, device, config.runtime.keep_quantized
-    )
+    base = _load_base(config, quantized, device, ranks)
     seed_everything(config.train.seed)  # loading may draw random numbers: the adapter's start must not depend on it
-    model, finish = prepare(base, config, train_split, tokenizer.pad_token_id)
+    model, finish = prepare(base, config, train_split, tokenizer.pad_token_id, ranks.is_main)
     untrained_end = end_token_is_untrained(base, train_split, tokenizer)
     counts = count_parameters(model)
     trainer = Trainer(
-        model, train_split, validation_split, config.train, tokenizer.pad_token_id, on_event, config.runtime.progress
-    )
+        model, train_split, validation_split, config.train, tokenizer.pad_token_id, on_event,
+        config.runtime.progress and ranks.is_main, ranks,
+    )  # fmt: skip
     progress = trainer.run(checkpoints)
     finish(adapter_folder)
     metrics = training_metrics(config, progress, counts, device, time.perf_counter() - started, len(train_split))
+    metrics["peak_memory_bytes"] = max(ranks.gather(metrics["peak_memory_bytes"]))
     return metrics | {"untrained_end_token": untrained_end}, progress.history
+
+
+def _load_base(config: RunConfig, quantized: Path, device: torch.device, ranks: Ranks) -> PreTrainedModel:
+    """The base on the device; where it is to be sharded, in main memory first, since it need not fit the device."""
+    keep = config.runtime.keep_quantized
+    if ranks.shards and keep is KeepQuantized.auto and device.type == "cuda":  # one shards what does not fit
+        keep = KeepQuantized.always if config.quantization.method in FOUR_BIT else KeepQuantized.never
+    where = torch.device("cpu") if ranks.shards else device
+    base = load_training_base(config.model, config.quantization, config.train.method, quantized, where, keep)
+    if ranks.shards and config.train.method is TrainMethod.qlora:
+        store_for_shards(base, torch_dtype(config.quantization.compute_dtype))
+    return base
 
 
 def load_splits(processed: Path) -> tuple[Split, Split]:
@@ -82,9 +102,9 @@ def end_token_is_untrained(base: PreTrainedModel, split: Split, tokenizer: Any) 
 
 
 def prepare(
-    base: PreTrainedModel, config: RunConfig, split: Split, pad_token_id: int
+    base: PreTrainedModel, config: RunConfig, split: Split, pad_token_id: int, is_main: bool = True
 ) -> tuple[torch.nn.Module, Callable[[Path], None]]:
-    """The model to train, and what checks and saves it afterwards."""
+    """The model to train, and what checks it afterwards and, in the main process, saves it."""
     device = next(base.parameters()).device
     if config.train.method is TrainMethod.full:
         base.requires_grad_(True)
@@ -93,8 +113,12 @@ def prepare(
         def finish_full(folder: Path) -> None:
             if guards.parameter_checksums(dict(base.named_parameters())) == start:
                 raise TrainingError("no weight changed in training. Look at train.learning_rate.")
-            with quiet_transformers():
-                base.save_pretrained(str(folder))
+            wholes = {id(p): whole(p.detach()) for p in base.parameters()}  # tied ones stay one tensor
+            tied = base.named_parameters(remove_duplicate=False)
+            state = base.state_dict() | {name: wholes[id(p)] for name, p in tied}
+            if is_main:
+                with quiet_transformers():
+                    base.save_pretrained(str(folder), state_dict=state)
 
         return base, finish_full
 
@@ -112,7 +136,9 @@ def prepare(
     def finish_adapter(folder: Path) -> None:
         guards.check_base_unchanged(checksums, model)
         guards.check_adapter_moved(model)
-        save_adapter(model, folder)
+        trained = {name: whole(p.detach()).cpu() for name, p in model.named_parameters() if p.requires_grad}
+        if is_main:
+            save_adapter(model, folder, trained)
 
     return model, finish_adapter
 
@@ -167,6 +193,7 @@ def training_metrics(
         "supervised_tokens_seen": progress.supervised_tokens_seen,
         "tokens_per_second": progress.tokens_seen / progress.training_seconds,
         "training_seconds": progress.training_seconds,
+        "num_processes": world_size(),
         "duration_seconds": seconds,
         "peak_memory_bytes": peak_memory_bytes(device),
     }

@@ -28,7 +28,7 @@ from pipeline.dataset import Split
 from pipeline.errors import Interrupted, PipelineError
 from pipeline.losses import ForwardPlan, Loss, plan_forward, token_nats
 from pipeline.packing import agree, eval_mode
-from pipeline.parents import find_starter
+from pipeline.parents import Starters
 from pipeline.segmented_lora import CannotFuse, Segments, segmented_lora
 from pipeline.stopping import StopRequest
 from pipeline.training import Trainer, is_out_of_memory, micro_batch_rows
@@ -92,7 +92,7 @@ class FusedTrainer:
             Interrupted: SIGTERM, Ctrl-C or the death of its dvc; checkpoints of all members were written.
             CannotFuse: the base does not take several adapters at once.
         """
-        starter, models = find_starter(), [member.trainer.model for member in self.members]
+        starters, models = Starters(), [member.trainer.model for member in self.members]
         bar = tqdm(total=max(m.trainer.num_steps for m in self.members), desc="train together", unit="step",
                    disable=not self.progress_bar)  # fmt: skip
         with (
@@ -111,7 +111,7 @@ class FusedTrainer:
             while live := [member for member in self.members if member.is_live]:
                 self._take_round(live)
                 self._validate([m for m in live if m.error is None and m.trainer.validation_due])
-                stopped_by = stop.received or ("the death of its dvc" if starter and starter.gone() else None)
+                stopped_by = stop.received or starters.death()
                 self._save(always=stopped_by is not None)
                 if stopped_by:
                     raise Interrupted(f"stopped by {stopped_by}; {len(self.members)} adapters have their checkpoints.")

@@ -113,9 +113,13 @@ def _features(module: torch.nn.Module) -> tuple[int, int]:
     return module.in_features, module.out_features
 
 
-def save_adapter(model: peft.PeftModel, folder: Path) -> None:
-    """PEFT format; equal adapters give equal bytes (peft itself writes target_modules in hash order)."""
-    model.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
+def save_adapter(model: peft.PeftModel, folder: Path, trained: dict[str, torch.Tensor] | None = None) -> None:
+    """PEFT format; equal adapters give equal bytes (peft itself writes target_modules in hash order).
+
+    Args:
+        trained: the trained parameters by their names in the model, where that holds pieces of them alone.
+    """
+    model.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False, state_dict=trained)
     (folder / "README.md").unlink(missing_ok=True)  # a card of placeholders
     path = folder / "adapter_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))

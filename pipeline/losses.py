@@ -19,11 +19,12 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from pipeline.batching import Batch, batches_by_length
+from pipeline.batching import Batch, collate, rows_by_length
 from pipeline.dataset import Split
 from pipeline.errors import DataError
 from pipeline.fused_lora import fused_lora
 from pipeline.packing import agree, eval_mode, inner_model, model_inputs, packed_attention, probe_batch
+from pipeline.ranks import ALONE, Ranks
 
 logger = logging.getLogger(__name__)
 CHUNK_ELEMENTS = 2**24  # logits of a chunk: 64 MiB in float32
@@ -132,7 +133,7 @@ def _head_left_out(head: Any) -> Iterator[list[torch.Tensor]]:
 
     def keep(hidden: torch.Tensor) -> torch.Tensor:
         given.append(hidden)
-        return hidden[..., :0]
+        return hidden[..., :0].clone()  # a view would have FSDP warn
 
     head.forward = keep
     try:
@@ -219,11 +220,13 @@ def measure_rows(
     pad_token_id: int,
     progress: bool = False,
     plan: ForwardPlan | None = None,
+    ranks: Ranks = ALONE,
 ) -> np.ndarray:
     """Nats of each row's supervised tokens, float64 [rows]; the model's train or eval mode is put back.
 
     Args:
         plan: of a caller that is inside `plan_forward`; None: found here.
+        ranks: processes that share the rows; all get all rows' nats.
 
     Raises:
         DataError: the split has no supervised token.
@@ -233,13 +236,14 @@ def measure_rows(
     device = next(model.parameters()).device
     nats = np.zeros(len(split))
     with eval_mode(model), plan_forward(model) if plan is None else nullcontext(plan) as plan:
-        batches = batches_by_length(split, batch_size, pad_token_id, plan.packed)
-        num_batches = math.ceil(int((split.num_supervised > 0).sum()) / batch_size)
-        for batch in tqdm(batches, total=num_batches, desc=f"loss on {split.name}", disable=not progress, leave=False):
+        shares = list(ranks.share(list(rows_by_length(split, batch_size))))
+        for rows, counts in tqdm(shares, desc=f"loss on {split.name}", disable=not progress, leave=False):
+            batch = collate(split, rows, pad_token_id, plan.packed)
             nats_S, rows_S = supervised_nats(model, batch.to(device), plan)
-            sums = torch.bincount(rows_S.cpu(), nats_S.double().cpu(), minlength=len(batch.rows))
-            nats[list(batch.rows)] = sums.numpy()
-    return nats
+            if counts:
+                sums = torch.bincount(rows_S.cpu(), nats_S.double().cpu(), minlength=len(rows))
+                nats[rows] = sums.numpy()
+    return np.asarray(ranks.total(nats.tolist()))
 
 
 def measure_loss(
@@ -249,7 +253,9 @@ def measure_loss(
     pad_token_id: int,
     progress: bool = False,
     plan: ForwardPlan | None = None,
+    ranks: Ranks = ALONE,
 ) -> Loss:
     """Loss of the model on every row of the split; arguments and errors as of `measure_rows`."""
-    nats, count = measure_rows(model, split, batch_size, pad_token_id, progress, plan), int(split.num_supervised.sum())
+    nats = measure_rows(model, split, batch_size, pad_token_id, progress, plan, ranks)
+    count = int(split.num_supervised.sum())
     return Loss(float(nats.sum()) / count, count)

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import psutil
 
+from pipeline.launched import world_size
+
 SLACK_SECONDS = 2.0  # the kernel gives the boot time in whole seconds, and it may turn over between two readings
 ADOPTERS = ("init", "systemd")  # besides pid 1
 
@@ -70,6 +72,25 @@ def find_starter() -> KnownProcess | None:
             adopted = True
         return DIED_BEFORE if adopted else None  # None: sshd, slurmstepd: what lies behind is out of sight
     return None
+
+
+class Starters:
+    """Whose end is to end this process too: its DVC, and what launched it as one of several."""
+
+    def __init__(self) -> None:
+        found = {"its dvc": find_starter(), "what launched it": _launcher()}
+        self._processes = {who: process for who, process in found.items() if process is not None}
+
+    def death(self) -> str | None:
+        """Which of them is gone, for a message; None where all are there."""
+        return next((f"the death of {who}" for who, process in self._processes.items() if process.gone()), None)
+
+
+def _launcher() -> KnownProcess | None:
+    if world_size() == 1:
+        return None
+    parent = psutil.Process().parent()
+    return DIED_BEFORE if parent is None or parent.pid == 1 else KnownProcess.of(parent)
 
 
 def _stage_of(process: psutil.Process) -> str | None:

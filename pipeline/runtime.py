@@ -8,19 +8,27 @@ import numpy as np
 import torch
 
 from pipeline.errors import ConfigError
+from pipeline.launched import local_rank, world_size
 from pipeline.schema import Device, Dtype, RuntimeConfig
 
 logger = logging.getLogger(__name__)
 
 
-def select_device(runtime: RuntimeConfig) -> torch.device:
+def select_device(runtime: RuntimeConfig, one_of_several: bool = False) -> torch.device:
     """The device asked for, after setting the number of CPU threads.
 
+    Args:
+        one_of_several: this process may be one of several that were launched; each gets a GPU of its own.
+
     Raises:
-        ConfigError: `cuda` is asked for and torch sees none.
+        ConfigError: `cuda` is asked for and torch sees none, or fewer than there are processes here; several
+            processes where one does the work.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError("several processes were launched (WORLD_SIZE > 1), and each would train alone. Start one.")
+    if world_size() > 1 and not one_of_several:
+        raise ConfigError(
+            f"{world_size()} processes were launched, and each would do the same: only the train stage runs in "
+            "several. Start this one alone."
+        )
     if runtime.num_threads is not None:
         torch.set_num_threads(runtime.num_threads)
     if runtime.device is Device.cuda and not torch.cuda.is_available():
@@ -34,6 +42,14 @@ def select_device(runtime: RuntimeConfig) -> torch.device:
         )
     use_cuda = runtime.device is Device.cuda or (runtime.device is Device.auto and torch.cuda.is_available())
     device = torch.device("cuda" if use_cuda else "cpu")
+    if use_cuda and world_size() > 1:
+        if local_rank() >= torch.cuda.device_count():
+            raise ConfigError(
+                f"runtime.num_processes: process {local_rank()} of this machine finds "
+                f"{torch.cuda.device_count()} GPUs; one process a GPU."
+            )
+        device = torch.device("cuda", local_rank())
+        torch.cuda.set_device(device)
     name = torch.cuda.get_device_name(device) if use_cuda else f"{torch.get_num_threads()} threads"
     logger.info("device: %s (%s)", device.type, name)
     return device

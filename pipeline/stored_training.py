@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline import store, tracking
-from pipeline.errors import Interrupted, PipelineError, TrainingError
+from pipeline.errors import ConfigError, Interrupted, PipelineError, TrainingError
 from pipeline.files import copy_folder, hash_once, write_json, write_jsonl, write_text
 from pipeline.fingerprint import fingerprint, training_inputs
 from pipeline.imports import code_hash
@@ -23,6 +23,8 @@ from pipeline.workspace import ADAPTER, PROCESSED, QUANTIZED, RUN, Workspace
 if TYPE_CHECKING:
     import torch
 
+    from pipeline.checkpoints import Checkpoints
+    from pipeline.ranks import Ranks
     from pipeline.tracking_live import LiveRun
 
 logger = logging.getLogger(__name__)
@@ -102,8 +104,32 @@ def want(config: RunConfig, workspace: Workspace) -> Training:
     )
 
 
-def train(trainings: Sequence[Training], device: "torch.device") -> list[Trained | PipelineError]:
+def is_stored(config: RunConfig, workspace: Workspace) -> bool:
+    """Whether the store has this training's result."""
+    return finished(store.entry(identify(config, workspace)[0])) is not None
+
+
+def assist(config: RunConfig, workspace: Workspace, device: "torch.device", ranks: "Ranks") -> None:
+    """This process's share of a training that process 0 runs by `train`; nothing where that finds it in the store."""
+    from pipeline.finetuning import finetune
+
+    folder = ranks.from_main(None)
+    if folder is not None:
+        inputs = workspace.input(PROCESSED), workspace.input(QUANTIZED)
+        finetune(config, *inputs, folder / "adapter", _checkpoints(config, folder), device, _ignore, ranks)
+
+
+def _ignore(step: int, event: dict[str, float]) -> None:
+    """Process 0 logs."""
+
+
+def train(
+    trainings: Sequence[Training], device: "torch.device", ranks: "Ranks | None" = None
+) -> list[Trained | PipelineError]:
     """Trains what the store does not have, several together on one base, and writes what each leaves.
+
+    Args:
+        ranks: this is process 0 of several that train one; the others are in `assist`.
 
     Returns:
         For each, in their order, where it came from, or what stopped it alone.
@@ -129,8 +155,10 @@ def train(trainings: Sequence[Training], device: "torch.device") -> list[Trained
             if identify(each.training.config, each.training.workspace)[0] != each.training.key:
                 each.outcome = TrainingError("data, base or code were changed meanwhile. Run the same command again.")
         waiting = [each for each in waiting if each.outcome is None]
+        if ranks is not None:
+            ranks.from_main(waiting[0].folder if waiting else None)
         if waiting:
-            _train(waiting, device)
+            _train(waiting, device, ranks)
         for each in opened.values():
             if isinstance(each.outcome, Trained):
                 each.outcome.run_id = _write(each, each.outcome.result)
@@ -141,16 +169,22 @@ def train(trainings: Sequence[Training], device: "torch.device") -> list[Trained
     return [outcome for outcome in outcomes if outcome is not None]
 
 
-def _train(waiting: Sequence[_Open], device: "torch.device") -> None:
+def _train(waiting: Sequence[_Open], device: "torch.device", ranks: "Ranks | None") -> None:
     """Trains them and puts what comes of each into the store."""
-    from pipeline.checkpoints import Checkpoints
     from pipeline.finetuning import finetune
     from pipeline.fused_finetuning import Member, finetune_together
+    from pipeline.ranks import ALONE
+
+    asked = waiting[0].training.config.runtime.num_processes
+    if asked > 1 and (ranks or ALONE).count == 1:
+        raise ConfigError(
+            f"runtime.num_processes: {asked}, but the points of a sweep are trained by one process each: "
+            "set runtime=default."
+        )
 
     members = []
     for each in waiting:
-        runtime = each.training.config.runtime
-        checkpoints = Checkpoints(each.folder / "checkpoints", runtime.checkpoint_steps, runtime.checkpoints_kept)
+        checkpoints = _checkpoints(each.training.config, each.folder)
         _mark_fused(each.folder, is_fused=len(waiting) > 1)
         target = store.new_adapter_folder(each.folder)
         members.append(Member(each.training.config, target, checkpoints, _both(each.live.log, each.training.on_event)))
@@ -163,7 +197,7 @@ def _train(waiting: Sequence[_Open], device: "torch.device") -> None:
         (alone,) = members
         arguments = alone.adapter_folder, alone.checkpoints, device, alone.on_event
         try:
-            found = [finetune(alone.config, processed, quantized, *arguments)]
+            found = [finetune(alone.config, processed, quantized, *arguments, ranks or ALONE)]
         except Interrupted:
             raise
         except PipelineError as error:
@@ -179,6 +213,12 @@ def _train(waiting: Sequence[_Open], device: "torch.device") -> None:
             result["fused_code"] = mark.read_text(encoding="utf-8")
         store.finish(each.folder, result)
         each.outcome = Trained("resumed" if is_resumed else "new", result)
+
+
+def _checkpoints(config: RunConfig, folder: Path) -> "Checkpoints":
+    from pipeline.checkpoints import Checkpoints
+
+    return Checkpoints(folder / "checkpoints", config.runtime.checkpoint_steps, config.runtime.checkpoints_kept)
 
 
 def _mark_fused(folder: Path, is_fused: bool) -> None:

@@ -11,9 +11,10 @@ import math
 import resource
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import GradientAccumulationPlugin
 from tqdm import tqdm
 
-from pipeline.batching import Batch, collate
+from pipeline.batching import collate
 from pipeline.checkpoints import Checkpoint, Checkpoints
 from pipeline.dataset import Split
 from pipeline.errors import Interrupted, TrainingError
@@ -30,7 +31,8 @@ from pipeline.guards import check_finite
 from pipeline.losses import ForwardPlan, Loss, measure_loss, plan_forward, supervised_loss
 from pipeline.optimizers import make_optimizer, make_scheduler
 from pipeline.packing import inner_model
-from pipeline.parents import find_starter
+from pipeline.parents import Starters
+from pipeline.ranks import ALONE, Ranks, piece_like, shard, whole, whole_state
 from pipeline.rng import rng_state, set_rng_state, set_torch_rng_state, torch_rng_state
 from pipeline.schema import Keep, OnSpike, TrainConfig
 from pipeline.spikes import SPIKE_WINDOW, clamped, highest_zscore
@@ -80,17 +82,15 @@ def rows_of_step(num_rows: int, rows_a_step: int, seed: int, step: int) -> list[
     return rows
 
 
-def micro_batch_rows(split: Split, rows: list[int], size: int) -> Iterator[list[int]]:
-    """The step's rows by length, longest first, so that little is padded; rows with nothing to predict left out."""
+def micro_batch_rows(split: Split, rows: list[int], size: int, num_ranks: int = 1) -> list[list[int]]:
+    """The step's rows by length, longest first, so that little is padded; rows with nothing to predict left out.
+
+    Args:
+        size: rows of a micro-batch, at most; fewer where there would not be one for each process.
+    """
     rows = sorted((r for r in rows if split.num_supervised[r]), key=lambda r: -split.lengths[r])
-    for start in range(0, len(rows), size):
-        yield rows[start : start + size]
-
-
-def micro_batches(split: Split, rows: list[int], size: int, pad_token_id: int, packed: bool = False) -> Iterator[Batch]:
-    """The rows of `micro_batch_rows` as batches."""
-    for piece in micro_batch_rows(split, rows, size):
-        yield collate(split, piece, pad_token_id, packed)
+    size = max(1, min(size, math.ceil(len(rows) / num_ranks)))
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
 
 
 class Trainer:
@@ -110,19 +110,24 @@ class Trainer:
         pad_token_id: int,
         on_event: OnEvent,
         progress_bar: bool = True,
+        ranks: Ranks = ALONE,
     ):
-        AcceleratorState._reset_state(reset_partial_state=True)  # one process may train twice, with other precision
-        on_cpu = next(model.parameters()).device.type == "cpu"
+        # one process may train twice, with other precision; several have met already
+        AcceleratorState._reset_state(reset_partial_state=ranks.count == 1)
+        device = ranks.device if ranks.count > 1 else next(model.parameters()).device
+        self.ranks = ranks
         self.accelerator = Accelerator(
             mixed_precision=PRECISIONS[settings.mixed_precision],
-            cpu=on_cpu,
+            cpu=device.type == "cpu",
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # else the environment may set it
         )
+        if ranks.shards:
+            shard(model, device)
         self.trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.num_steps = num_steps(settings, len(train_split))
-        self.model, self.optimizer = self.accelerator.prepare(
-            model, make_optimizer(settings, list(self.trainable.values()))
-        )
+        optimizer = make_optimizer(settings, list(self.trainable.values()))
+        self.model = model if ranks.shards else self.accelerator.prepare_model(model)
+        self.optimizer = self.accelerator.prepare_optimizer(optimizer)
         self.scheduler = make_scheduler(settings, self.optimizer, self.num_steps)
         self.train_split, self.validation_split = train_split, validation_split.head(settings.eval_max_rows)
         self.settings, self.pad_token_id, self.on_event, self.progress_bar = (
@@ -144,7 +149,7 @@ class Trainer:
             TrainingError: NaN or infinite loss or gradient, in training or validation.
             Interrupted: SIGTERM, Ctrl-C or the death of its dvc; a checkpoint was written.
         """
-        progress, starter = self.start(checkpoints), find_starter()
+        progress, starters = self.start(checkpoints), Starters()
         bar = tqdm(
             total=self.num_steps, initial=progress.step, desc="train", unit="step", disable=not self.progress_bar
         )
@@ -158,9 +163,13 @@ class Trainer:
                 bar.set_postfix_str(f"loss {progress.losses[-1]:.4f}, best {progress.best_loss:.4f}", refresh=False)
                 bar.update()
                 # asked once a step: a death between two questions would end the training without its checkpoint
-                stopped_by = stop.received or ("the death of its dvc" if starter and starter.gone() else None)
+                stopped_by = stop.received or starters.death()
+                if self.ranks.total([stopped_by is not None])[0]:
+                    stopped_by = stopped_by or "the stop of another of its processes"
                 if checkpoints and (stopped_by or checkpoints.due(progress.step)):
-                    checkpoints.save(self.checkpoint())
+                    checkpoint = self.checkpoint()
+                    if self.ranks.is_main:
+                        checkpoints.save(checkpoint)
                 if stopped_by:
                     raise Interrupted(f"stopped by {stopped_by} after step {progress.step} of {self.num_steps}.")
         self.finish()
@@ -188,6 +197,8 @@ class Trainer:
         if newest is not None:
             self._restore(newest)
             logger.info("going on after step %d of %d, from its checkpoint", newest.step, self.num_steps)
+        elif not self.ranks.is_main:
+            torch.manual_seed(self.settings.seed + self.ranks.index)  # else all would drop out the same
         if self.progress.gradient_checkpointing:
             self._checkpoint_activations()
         self.model.train()
@@ -196,7 +207,7 @@ class Trainer:
     def _take_step(self) -> None:
         started = time.perf_counter()
         rows, num_tokens = self.next_rows()
-        step_loss = self._fitting(lambda: self._accumulate(rows, num_tokens))
+        (step_loss,) = self.ranks.total([self._fitting(lambda: self._accumulate(rows, num_tokens))])
         self.finish_step(rows, num_tokens, step_loss, float(self.clip()))
         self.progress.training_seconds += time.perf_counter() - started
 
@@ -251,16 +262,24 @@ class Trainer:
             ) from None
 
     def _accumulate(self, rows: list[int], num_tokens: int) -> float:
-        """The step's gradient, summed over its micro-batches; its loss in nats a supervised token."""
-        step_loss = 0.0
-        size = self.progress.micro_batch_size
-        for batch in micro_batches(self.train_split, rows, size, self.pad_token_id, self.plan.packed):
-            with self.accelerator.autocast():
-                loss, _ = supervised_loss(self.model, batch.to(self.accelerator.device), self.plan)
-            self.accelerator.backward(loss / num_tokens)
+        """The step's gradient, summed over all micro-batches; this process's share of the loss, nats a token of all."""
+        step_loss, ranks = 0.0, self.ranks
+        pieces = micro_batch_rows(self.train_split, rows, self.progress.micro_batch_size, ranks.count)
+        shares = list(ranks.share(pieces))
+        for number, (piece, counts) in enumerate(shares, 1):
+            batch = collate(self.train_split, piece, self.pad_token_id, self.plan.packed)
+            with self._gradients_meet(number == len(shares)):
+                with self.accelerator.autocast():
+                    loss, _ = supervised_loss(self.model, batch.to(self.accelerator.device), self.plan)
+                # the processes' gradients are averaged where they meet: times their number, that is the sum
+                self.accelerator.backward(loss / (num_tokens / ranks.count) if counts else loss * 0.0)
             self.longest_fitted = max(self.longest_fitted, batch.max_length)
-            step_loss += loss.item() / num_tokens
+            step_loss += loss.item() / num_tokens if counts else 0.0
         return step_loss
+
+    def _gradients_meet(self, is_last: bool) -> AbstractContextManager[None]:
+        """DDP sums the gradients of all processes once a step, after the last micro-batch."""
+        return nullcontext() if is_last or self.ranks.count == 1 else self.accelerator.no_sync(self.model)
 
     def _fitting(self, work: Callable[[], T]) -> T:
         """The work's result; where memory runs out it is done again from its start in smaller pieces.
@@ -288,6 +307,13 @@ class Trainer:
             TrainingError: both are done already.
         """
         progress = self.progress
+        if self.ranks.count > 1:  # the others are in the middle of the step, and wait for this one
+            raise TrainingError(
+                f"process {self.ranks.index} of {self.ranks.count}, {self.accelerator.device}: out of memory at step "
+                f"{progress.step + 1} with micro-batches of {progress.micro_batch_size} rows ({reason}). Halve "
+                "train.micro_batch_size and double train.gradient_accumulation_steps (the same result), or set "
+                "train.gradient_checkpointing=true."
+            )
         self.optimizer.zero_grad()
         self._free_memory()
         if progress.micro_batch_size > 1:
@@ -367,7 +393,7 @@ class Trainer:
         if result.loss < progress.best_loss:
             progress.best_loss, progress.best_step, progress.validations_since_best = result.loss, progress.step, 0
             if settings.keep is Keep.best:
-                self.best_weights = {name: p.detach().cpu().clone() for name, p in self.trainable.items()}
+                self.best_weights = {name: whole(p.detach()).cpu().clone() for name, p in self.trainable.items()}
             return
         progress.validations_since_best += 1
         patience = settings.early_stopping_patience
@@ -386,8 +412,9 @@ class Trainer:
             try:
                 with self.accelerator.autocast():
                     return measure_loss(
-                        self.model, self.validation_split, size, self.pad_token_id, self.progress_bar, self.plan
-                    )
+                        self.model, self.validation_split, size, self.pad_token_id, self.progress_bar, self.plan,
+                        self.ranks,
+                    )  # fmt: skip
             except (torch.OutOfMemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error):
                     raise
@@ -402,12 +429,12 @@ class Trainer:
         """
         size = self.progress.eval_batch_size
         self._free_memory()
-        if size == 1:
+        if size == 1 or self.ranks.count > 1:
             raise TrainingError(
-                f"{self.accelerator.device}: out of memory in validation at step {self.progress.step} with one row "
+                f"{self.accelerator.device}: out of memory in validation at step {self.progress.step} with {size} rows "
                 f"at a time ({reason}). The longest row has {int(self.validation_split.lengths.max())} tokens. "
-                "Lower data.max_length, or take less for the base (train.method=qlora, "
-                "runtime.keep_quantized=always)."
+                "Lower train.micro_batch_size (validation takes twice as many rows) or data.max_length, or take less "
+                "for the base (train.method=qlora, runtime.keep_quantized=always)."
             )
         self.progress.eval_batch_size = math.ceil(size / 2)
         logger.warning("out of memory in validation (%s): batches of %d rows", reason, math.ceil(size / 2))
@@ -421,14 +448,19 @@ class Trainer:
         self.on_event(self.progress.step, event)
 
     def checkpoint(self) -> Checkpoint:
-        """Everything that a training needs to go on from here as if it had not stopped."""
-        tensors = {f"now.{name}": p.detach().cpu() for name, p in self.trainable.items()}
+        """Everything that a training needs to go on from here as if it had not stopped; all processes have to ask.
+
+        Tensors are whole, so that another engine, or another number of processes, can go on from here too.
+        """
+        tensors = {f"now.{name}": whole(p.detach()).cpu() for name, p in self.trainable.items()}
         tensors |= {f"best.{name}": tensor for name, tensor in self.best_weights.items()}
         state = {
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": whole_state(self.optimizer.state_dict()),
             "scheduler": self.scheduler.state_dict(),
             "rng": rng_state(),
         }
+        if self.ranks.count > 1:
+            state["rng_of_ranks"] = self.ranks.gather(state["rng"])
         if self.accelerator.scaler is not None:
             state["scaler"] = self.accelerator.scaler.state_dict()
         return Checkpoint(self.progress.step, tensors, state, dataclasses.asdict(self.progress))
@@ -437,21 +469,33 @@ class Trainer:
         """Puts everything back, and tells `on_event` what it may not have heard."""
         self._load_weights({n.removeprefix("now."): t for n, t in checkpoint.tensors.items() if n.startswith("now.")})
         self.best_weights = {n.removeprefix("best."): t for n, t in checkpoint.tensors.items() if n.startswith("best.")}
-        self.optimizer.load_state_dict(checkpoint.state["optimizer"])
+        self.optimizer.load_state_dict(self._in_pieces(checkpoint.state["optimizer"]))
         self.scheduler.load_state_dict(checkpoint.state["scheduler"])
         if self.accelerator.scaler is not None and "scaler" in checkpoint.state:
             self.accelerator.scaler.load_state_dict(checkpoint.state["scaler"])
         elif self.accelerator.scaler is not None:
             logger.warning("the checkpoint is of a device without a loss scale: it starts anew")
-        set_rng_state(checkpoint.state["rng"])
+        of_ranks = checkpoint.state.get("rng_of_ranks", [checkpoint.state["rng"]])
+        if len(of_ranks) != self.ranks.count:
+            logger.warning("the checkpoint is of %d processes, now there are %d: dropout draws otherwise from here",
+                           len(of_ranks), self.ranks.count)  # fmt: skip
+        set_rng_state(of_ranks[self.ranks.index % len(of_ranks)])
         self.progress = Progress(**checkpoint.numbers)
         for event in self.progress.history:
             self.on_event(int(event["step"]), {name: value for name, value in event.items() if name != "step"})
 
+    def _in_pieces(self, optimizer_state: dict[str, Any]) -> dict[str, Any]:
+        """An optimizer's state dict with each tensor cut as its parameter is."""
+        states = {
+            number: {name: piece_like(v, p) if isinstance(v, torch.Tensor) else v for name, v in state.items()}
+            for (number, state), p in zip(optimizer_state["state"].items(), self.trainable.values(), strict=False)
+        }
+        return {**optimizer_state, "state": states}
+
     @torch.no_grad()
     def _load_weights(self, weights: dict[str, torch.Tensor]) -> None:
         for name, parameter in self.trainable.items():
-            parameter.copy_(weights[name])
+            parameter.copy_(piece_like(weights[name], parameter))
 
 
 def is_out_of_memory(error: BaseException) -> bool:

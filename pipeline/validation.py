@@ -8,8 +8,10 @@ from pipeline.schema import (
     Config,
     DataConfig,
     Dtype,
+    Engine,
     LoraConfig,
     ModelConfig,
+    Optimizer,
     QuantizationConfig,
     QuantizationMethod,
     RunConfig,
@@ -32,6 +34,7 @@ def problems(config: RunConfig) -> list[str]:
         *_train_problems(config.train),
         *_runtime_problems(config.runtime),
         *_conflicts(config),
+        *_engine_problems(config),
     ]
     evaluate, merge = config.evaluate, config.merge
     found += _at_least("evaluate.max_rows", evaluate.max_rows, 1)
@@ -158,6 +161,24 @@ def _conflicts(config: Config) -> list[str]:
     if config.data.shape is Shape.text and config.evaluate.generate:
         found.append(
             "evaluate.generate: true with data.shape text, where there is nothing to answer; set evaluate=loss_only"
+        )
+    return found
+
+
+def _engine_problems(config: RunConfig) -> list[str]:
+    """What does not go with weights in pieces."""
+    if config.runtime.num_processes == 1 or config.runtime.engine is not Engine.fsdp:
+        return []
+    found = []
+    if config.train.optimizer is not Optimizer.adamw:
+        found.append(
+            f"train.optimizer: {config.train.optimizer} with runtime.engine fsdp: bitsandbytes' optimizers do not know "
+            "weights in pieces; set train.optimizer=adamw, whose states are cut too"
+        )
+    if config.train.mixed_precision is Dtype.float16:
+        found.append(
+            "train.mixed_precision: float16 with runtime.engine fsdp: each process would find its own loss scale; set "
+            "bfloat16"
         )
     return found
 

@@ -3,23 +3,33 @@
 Consumes: data/processed, the base, models/quantized.
 Produces: models/adapter, models/run.json, metrics/train.json, reports/train.
 Command: python -m stages.train lora.r=16
+On two GPUs: python -m stages.train runtime=ddp runtime.num_processes=2
 Several, each trained and evaluated: python -m stages.train -m lora.r=4,8,16
 """
 
-from pipeline import tracking
+import sys
+
+from pipeline import launching, tracking
 from pipeline.config import stage
 from pipeline.errors import PipelineError
 from pipeline.plots import plot_training_curves, write_training_tables
+from pipeline.ranks import join
 from pipeline.runtime import select_device
 from pipeline.schema import RunConfig
-from pipeline.stored_training import check_inputs, train, want
+from pipeline.stored_training import assist, check_inputs, is_stored, train, want
 from pipeline.workspace import Workspace
 
 
 def run(config: RunConfig, workspace: Workspace) -> None:
-    device = select_device(config.runtime)
     check_inputs(config, workspace)
-    (trained,) = train([want(config, workspace)], device)
+    if launching.is_wanted(config.runtime) and not is_stored(config, workspace):
+        arguments = [*sys.argv[1:], f"runtime.output_dir={workspace.outputs}"]  # one folder, whatever the clock says
+        return launching.launch(config.runtime, "stages.train", arguments)
+    device = select_device(config.runtime, one_of_several=True)
+    ranks = join(device, config.runtime)
+    if not ranks.is_main:
+        return assist(config, workspace, device, ranks)
+    (trained,) = train([want(config, workspace)], device, ranks)
     if isinstance(trained, PipelineError):
         raise trained
     history, reports = trained.result["history"], workspace.output("reports/train/curves.png").parent

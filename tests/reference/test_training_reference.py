@@ -6,10 +6,11 @@ import peft
 import torch
 from transformers import LlamaForCausalLM
 
+from pipeline.batching import collate
 from pipeline.config import compose_config
 from pipeline.lora import attach_lora
 from pipeline.losses import measure_loss, supervised_loss
-from pipeline.training import micro_batches
+from pipeline.training import micro_batch_rows
 
 LENGTHS = [(4, 3), (6, 19), (3, 2), (8, 5), (2, 12), (7, 1)]  # unequal completions: where a mean of means goes wrong
 ROWS = list(range(len(LENGTHS)))
@@ -47,7 +48,7 @@ def ours(base: LlamaForCausalLM, split, state: dict, size: int, mean_of_means: b
     model.load_state_dict(state)
     total = int(split.num_supervised.sum())
     value = 0.0
-    batches = list(micro_batches(split, ROWS, size, 0))
+    batches = [collate(split, rows, 0) for rows in micro_batch_rows(split, ROWS, size)]
     for batch in batches:
         loss, count = supervised_loss(model, batch)
         scaled = loss / count / len(batches) if mean_of_means else loss / total

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from pipeline.batching import batches_by_length, collate
+from pipeline.batching import collate, rows_by_length
 from pipeline.dataset import Example, load_split, write_split
 from pipeline.errors import DataError
 from pipeline.losses import measure_loss, supervised_logits, supervised_loss
@@ -137,11 +137,11 @@ def test_rows_without_supervision_do_not_change_the_loss(tiny_llama, make_split,
 
 def test_batches_hold_every_row_once_the_longest_first(make_split):
     split = make_split(UNEQUAL * 2)
-    batches = list(batches_by_length(split, 3, 0))
-    assert sorted(row for batch in batches for row in batch.rows) == list(range(8))
-    lengths = [int(split.lengths[row]) for batch in batches for row in batch.rows]
+    batches = list(rows_by_length(split, 3))
+    assert sorted(row for batch in batches for row in batch) == list(range(8))
+    lengths = [int(split.lengths[row]) for batch in batches for row in batch]
     assert lengths == sorted(lengths, reverse=True)
-    assert [len(batch.rows) for batch in batches] == [3, 3, 2]
+    assert [len(batch) for batch in batches] == [3, 3, 2]
 
 
 def test_collate_pads_on_the_right_with_nothing_attended_or_supervised(make_split):

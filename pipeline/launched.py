@@ -1,0 +1,31 @@
+"""What a process that was launched as one of several knows of itself: its number, and where to say why it ends."""
+
+import os
+from pathlib import Path
+
+from pipeline.files import write_text
+
+MESSAGES = "LORA_PIPELINE_MESSAGES"  # the folder for the processes' last words; set by `pipeline.launching`
+
+
+def rank() -> int:
+    """Number of this process among those of one training, from 0; 0 where none was launched."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    """How many processes the training has; 1 where none was launched."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def local_rank() -> int:
+    """Number of this process among those of this machine: that of its GPU."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def leave_message(text: str) -> bool:
+    """Leaves why this process ends for the one that launched it; False where nobody asked for it."""
+    if MESSAGES not in os.environ or world_size() == 1:
+        return False
+    write_text(Path(os.environ[MESSAGES]) / str(rank()), text)
+    return True

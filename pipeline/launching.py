@@ -1,0 +1,86 @@
+"""Several processes of one training, started on this machine by `accelerate launch`.
+
+This process keeps nothing of the training: it starts one process a GPU (torch's elastic agent inside accelerate does),
+passes signals on, and says in one line what ended them. Every one of them runs the same command; `pipeline.ranks`
+tells it which one it is.
+"""
+
+import logging
+import os
+import signal
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from pipeline.errors import Interrupted, TrainingError
+from pipeline.launched import MESSAGES, world_size
+from pipeline.schema import RuntimeConfig
+
+logger = logging.getLogger(__name__)
+
+
+def is_wanted(runtime: RuntimeConfig) -> bool:
+    """Whether this process is to start others: several are asked for, and it is none of them."""
+    return runtime.num_processes > 1 and world_size() == 1
+
+
+def launch(runtime: RuntimeConfig, module: str, arguments: Sequence[str]) -> None:
+    """Runs `python -m MODULE ARGUMENTS` in this machine's share of `runtime.num_processes` processes, to their end.
+
+    Raises:
+        TrainingError: one of them failed or was killed; the others were stopped.
+        Interrupted: SIGTERM or Ctrl-C; they had time for a checkpoint.
+    """
+    from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # its tables say less than the message
+    logging.getLogger("torch.distributed.run").setLevel(logging.ERROR)
+    here = runtime.num_processes // runtime.num_machines
+    logger.info(
+        "%d processes (%s)%s", runtime.num_processes, runtime.engine,
+        f", {here} of them here" if runtime.num_machines > 1 else "",
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as messages:
+        os.environ[MESSAGES] = messages
+        try:
+            launch_command(launch_command_parser().parse_args([*_options(runtime, here), "-m", module, *arguments]))
+        except ChildFailedError as error:
+            raise TrainingError(_reason(error, Path(messages), runtime.num_processes)) from None
+        except SignalException as error:
+            raise Interrupted(f"stopped by {signal.Signals(error.sigval).name}.") from None
+        finally:
+            del os.environ[MESSAGES]
+
+
+def _options(runtime: RuntimeConfig, here: int) -> list[str]:
+    """What accelerate is told; the engine and the precision are the training's own settings, not the launcher's."""
+    threads = runtime.num_threads or max(1, len(os.sched_getaffinity(0)) // here)
+    options = {
+        "num_processes": runtime.num_processes,
+        "num_machines": runtime.num_machines,
+        "machine_rank": runtime.machine_rank,
+        "main_process_port": runtime.main_process_port or 0,
+        "num_cpu_threads_per_process": threads,
+        "mixed_precision": "no",
+        "dynamo_backend": "no",
+    }
+    if runtime.main_process_address is not None:
+        options["main_process_ip"] = runtime.main_process_address
+    return ["--multi_gpu", *(f"--{name}={value}" for name, value in options.items())]
+
+
+def _reason(error: Exception, messages: Path, num_processes: int) -> str:
+    """What the processes left, each text once; else how the first of them ended."""
+    texts = list(dict.fromkeys(path.read_text(encoding="utf-8") for path in sorted(messages.iterdir())))
+    if texts:
+        return "\n".join(texts)
+    rank, failure = error.get_first_failure()  # type: ignore[attr-defined]
+    code = failure.exitcode
+    how = f"was ended by {failure.signal_name()}" if code < 0 else f"failed with exit code {code}"
+    hint = " (the system does that where memory runs out)" if code == -signal.SIGKILL else ""
+    return (
+        f"process {rank} of {num_processes} {how}{hint}, and the others were stopped. Run the same command again: the "
+        "training goes on from its last checkpoint."
+    )
