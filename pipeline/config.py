@@ -210,9 +210,12 @@ def stage(body: Body, name: str) -> Callable[[], None]:
     """The command-line entry of a stage: composes, checks, runs, and turns a user's mistake into one clean message."""
 
     def task(config: DictConfig) -> None:
+        from pipeline.doctor_refusal import refuse
+
         quiet_logs(logging.INFO if rank() == 0 else logging.ERROR)
         with clean_errors(name):
             settings = to_settings(config)
+            refuse(name, settings)
             runtime = settings.runtime
             started = time.time()
             body(settings, Workspace(Path(runtime.inputs_dir), Path(runtime.output_dir)))

@@ -15,6 +15,7 @@ from pipeline.batching import collate
 from pipeline.bnb import store_for_shards
 from pipeline.checkpoints import Checkpoints
 from pipeline.dataset import Split, load_split
+from pipeline.device_memory import baseline_memory_bytes
 from pipeline.errors import TrainingError
 from pipeline.launched import world_size
 from pipeline.lora import attach_lora, save_adapter
@@ -58,6 +59,7 @@ def finetune(
     use_deterministic_kernels()
     train_split, validation_split = load_splits(processed)
     tokenizer = load_tokenizer(config.model)
+    baseline = baseline_memory_bytes(device)
     base = _load_base(config, quantized, device, ranks)
     seed_everything(config.train.seed)  # loading may draw random numbers: the adapter's start must not depend on it
     model, finish = prepare(base, config, train_split, tokenizer.pad_token_id, ranks.is_main)
@@ -70,7 +72,9 @@ def finetune(
     progress = trainer.run(checkpoints)
     finish(adapter_folder)
     metrics = training_metrics(config, progress, counts, device, time.perf_counter() - started, len(train_split))
-    metrics["peak_memory_bytes"] = max(ranks.gather(metrics["peak_memory_bytes"]))
+    metrics["peak_memory_bytes"], metrics["baseline_memory_bytes"] = max(
+        ranks.gather((metrics["peak_memory_bytes"], baseline))
+    )
     return metrics | {"untrained_end_token": untrained_end}, progress.history
 
 

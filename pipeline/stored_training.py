@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline import store, tracking
+from pipeline import fit, store, tracking
 from pipeline.errors import ConfigError, Interrupted, PipelineError, TrainingError
 from pipeline.files import copy_folder, hash_once, write_json, write_jsonl, write_text
 from pipeline.fingerprint import fingerprint, training_inputs
@@ -207,6 +207,9 @@ def _train(waiting: Sequence[_Open], device: "torch.device", ranks: "Ranks | Non
             each.outcome = outcome
             continue
         metrics, history = outcome
+        planned = fit.planned_bytes(each.training.config, processed)
+        if planned is not None:
+            metrics["planned_memory_bytes"] = planned
         result = {"metrics": metrics, "history": history, "inputs": each.training.inputs}
         mark = each.folder / FUSED_MARK
         if mark.exists():
