@@ -9,14 +9,16 @@ Several, each trained and evaluated: python -m stages.train -m lora.r=4,8,16
 from pipeline import tracking
 from pipeline.config import stage
 from pipeline.errors import PipelineError
+from pipeline.fit import check_fit
 from pipeline.plots import plot_training_curves, write_training_tables
 from pipeline.runtime import select_device
 from pipeline.schema import RunConfig
 from pipeline.stored_training import check_inputs, train, want
-from pipeline.workspace import Workspace
+from pipeline.workspace import PROCESSED, Workspace
 
 
 def run(config: RunConfig, workspace: Workspace) -> None:
+    check_fit(config, workspace.input(PROCESSED))
     device = select_device(config.runtime)
     check_inputs(config, workspace)
     (trained,) = train([want(config, workspace)], device)
