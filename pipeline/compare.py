@@ -19,6 +19,7 @@ from pathlib import Path
 from textwrap import fill
 from typing import Any
 
+from pipeline.compare_edges import find_edges
 from pipeline.compare_judged import VALIDATION, Judged
 from pipeline.compare_points import FORGETTING, SEED, LeftOut, read_groups, text_of
 from pipeline.compare_table import WIDTH, markdown_table, text_tables
@@ -102,6 +103,8 @@ def _sections(sweep: Sweep, judged: Sequence[Judged], left_out: Sequence[LeftOut
         mark, keys, figures = columns(group)
         table = markdown_table([mark, *keys, *figures]) if markdown else text_tables(mark, keys, figures)
         found += [paragraph(subject(group)), table, paragraph(legend(group)), paragraph(conclusion(group, sweep))]
+        for edge in find_edges(group, sweep):  # the command whole, to be copied
+            found.append(f"{edge}  \n`{edge.command}`" if markdown else f"{paragraph([str(edge)])}\n{edge.command}")
     if left_out:
         found.append(paragraph(["not compared:", *left_out_lines(left_out)]))
     return found
@@ -116,7 +119,7 @@ def _markdown(
 
 
 def _settings(sweep: Sweep, judged: Sequence[Judged], left_out: Sequence[LeftOut]) -> dict[str, Any]:
-    groups = [_group(found) for found in judged]
+    groups = [_group(found, sweep) for found in judged]
     return {
         "sweep": sweep.name,
         "score": judged[0].score,
@@ -127,7 +130,7 @@ def _settings(sweep: Sweep, judged: Sequence[Judged], left_out: Sequence[LeftOut
     }
 
 
-def _group(judged: Judged) -> dict[str, Any]:
+def _group(judged: Judged, sweep: Sweep) -> dict[str, Any]:
     settings = []
     for i, setting in enumerate(judged.settings):
         estimates = {score: judged.estimates[score][i] for score in judged.scores}
@@ -152,6 +155,7 @@ def _group(judged: Judged) -> dict[str, Any]:
         "best": judged.best,
         "smallest": judged.smallest,
         "not_shown_worse": judged.equals,
+        "edges": [vars(edge) for edge in find_edges(judged, sweep)],
         "settings": settings,
     }
 

@@ -23,9 +23,14 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
+def by_a_stage() -> bool:
+    """Whether a stage launched this process, which has checked everything before; not somebody's `accelerate launch`."""
+    return MESSAGES in os.environ and world_size() > 1
+
+
 def leave_message(text: str) -> bool:
     """Leaves why this process ends for the one that launched it; False where nobody asked for it."""
-    if MESSAGES not in os.environ or world_size() == 1:
+    if not by_a_stage():
         return False
     write_text(Path(os.environ[MESSAGES]) / str(rank()), text)
     return True

@@ -11,6 +11,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from pipeline.device_memory import planned_and_measured
 from pipeline.evidence import Evidence
 from pipeline.gates import Verdict
 from pipeline.labels import MODELS, SCORES
@@ -206,12 +207,14 @@ def _facts(config: RunConfig, metrics: Mapping[str, Mapping[str, Any]]) -> list[
     rows_a_step = config.train.micro_batch_size * config.train.gradient_accumulation_steps
     steps = f"{train['num_steps']:,} steps of {rows_a_step} rows, learning rate {config.train.learning_rate:g}, "
     steps += f"seed {config.train.seed}"
+    memory = [("peak memory", planned_and_measured(train))] if "planned_memory_bytes" in train else []
     return [
         ("base", f"{base}{revision}"),
         ("data", f"{config.data.hub_id or config.data.path}: {rows}"),
         ("method", f"{config.train.method} (training base quantised: {quantization})"),
         ("adapter", f"{adapter}; {parameters}" if config.train.method is not TrainMethod.full else parameters),
         ("training", f"{steps}, {train['duration_seconds']:,.0f} s"),
+        *memory,
         ("fingerprint", str(train["fingerprint"])),
     ]
 

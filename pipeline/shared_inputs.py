@@ -4,6 +4,7 @@ Settings that are the project's own come from DVC: `dvc repro` makes them, or ta
 beside the trainings (`pipeline.shared_results`).
 """
 
+import contextlib
 import dataclasses
 import fcntl
 import logging
@@ -44,11 +45,16 @@ class Inputs:
 
 
 class SharedInputs:
-    """Finds or makes the inputs of points, each once."""
+    """Finds or makes the inputs of points, each once, and keeps them from `pipeline.store clean` until it is closed."""
 
     def __init__(self) -> None:
+        self._held = contextlib.ExitStack()
         self._found: dict[str, Path | PipelineError] = {}
         self._reproduced: set[str] = set()
+
+    def close(self) -> None:
+        """Lets go of the inputs; the end of the process does too."""
+        self._held.close()
 
     def of(self, points: Sequence[Point]) -> dict[int, Inputs | PipelineError]:
         """By the points' numbers, their inputs; or why they cannot be made.
@@ -96,7 +102,7 @@ class SharedInputs:
                     raise DataError(f"{stage}: {(done.stderr or done.stdout).strip()}")
 
             try:
-                self._found[key] = make_once(stage, inputs, run)
+                self._found[key] = make_once(stage, inputs, run, self._held)
             except PipelineError as error:
                 self._found[key] = error
         found = self._found[key]

@@ -1,5 +1,6 @@
 """Evaluations of base, quantized base and adapter: each made once for the same model, rows, settings and code."""
 
+import contextlib
 import gc
 import logging
 from collections.abc import Mapping
@@ -10,13 +11,14 @@ from typing import Any
 
 from pipeline.evidence import FILE, Evidence, ModelItems, join_answers, join_items
 from pipeline.files import hash_once, hash_path, read_json, write_json, write_jsonl
+from pipeline.fingerprint import kept_int8, model_code
 from pipeline.imports import code_hash
 from pipeline.model_files import hash_model, small_files, weight_bytes
 from pipeline.project_models import ProjectModels
 from pipeline.provenance import FILE as PROVENANCE
 from pipeline.provenance import package_versions, write_provenance
 from pipeline.schema import QuantizationMethod, RunConfig
-from pipeline.shared_results import find_made, make_once
+from pipeline.shared_results import find_made, is_being_made, make_once
 from pipeline.workspace import Workspace
 
 logger = logging.getLogger(__name__)
@@ -38,30 +40,31 @@ def measure(project: ProjectModels, processed: Path) -> tuple[dict[str, ModelIte
         ConfigError, DataError, ModelError: see `ProjectModels` and `evaluate_model`.
     """
     found: dict[str, ModelItems] = {}
-    is_new = False
-    for name in MODELS:
-        if name == "quantized" and is_plain(project.config):
-            logger.info("quantized: the base's figures (quantization.method is none)")
-            found[name] = found["base"]
-            continue
-        is_new = False
+    names = [name for name in MODELS if name != "quantized" or not is_plain(project.config)]
+    inputs = {name: _inputs(project, name, processed) for name in names}
+    made: list[str] = []
+    while names:  # two workers of a sweep come here at once: each first takes what the other is not measuring
+        name = next((name for name in names if not is_being_made(_kind(name), inputs[name])), names[0])
+        names.remove(name)
 
         def make(folder: Path, name: str = name) -> None:
-            nonlocal is_new
-            is_new = True
+            made.append(name)
             write_json(folder / ITEMS, asdict(_measure(project, name, processed)))
 
-        folder = make_once(f"evaluation of {name}", _inputs(project, name, processed), make)
-        found[name] = ModelItems(**read_json(folder / ITEMS))
-        if not is_new:
+        with contextlib.ExitStack() as held:
+            folder = make_once(_kind(name), inputs[name], make, held)
+            found[name] = ModelItems(**read_json(folder / ITEMS))
+        if name not in made:
             logger.info("%s: taken from .training/shared: measured before on these rows", name)
-    return found, is_new
+    if is_plain(project.config):
+        logger.info("quantized: the base's figures (quantization.method is none)")
+    return {name: found.get(name, found["base"]) for name in MODELS}, "adapter" in made
 
 
 def find_measured(project: ProjectModels, processed: Path) -> dict[str, ModelItems] | None:
     """What `measure` would find; None where it would have to measure anything."""
     folders = {
-        name: find_made(f"evaluation of {name}", _inputs(project, name, processed))
+        name: find_made(_kind(name), _inputs(project, name, processed))
         for name in MODELS
         if name != "quantized" or not is_plain(project.config)
     }
@@ -69,6 +72,10 @@ def find_measured(project: ProjectModels, processed: Path) -> dict[str, ModelIte
         return None
     found = {name: ModelItems(**read_json(folder / ITEMS)) for name, folder in folders.items() if folder is not None}
     return {name: found.get(name, found["base"]) for name in MODELS}
+
+
+def _kind(name: str) -> str:
+    return f"evaluation of {name}"
 
 
 def _measure(project: ProjectModels, name: str, processed: Path) -> ModelItems:
@@ -94,11 +101,11 @@ def _inputs(project: ProjectModels, name: str, processed: Path) -> dict[str, Any
         "model": asdict(config.model),
         "code": code_hash("pipeline.stored_evaluation"),
         "versions": package_versions() | {name: version(name) for name in SCORERS},
+        **model_code(config.model),
     }
     if name == "quantized" or (name == "adapter" and project.training_base == "quantized" and not project.is_full):
         inputs["quantized"] = [hash_once(project.find("quantized")), asdict(config.quantization)]
-        if config.quantization.method is QuantizationMethod.int8:  # kept so, activations are quantised too
-            inputs["keep_quantized"] = str(config.runtime.keep_quantized)
+        inputs |= kept_int8(config)
     if name == "adapter":
         inputs["adapter"] = hash_once(project.find("adapter"))
     return inputs

@@ -207,7 +207,7 @@ def _train(waiting: Sequence[_Open], device: "torch.device", ranks: "Ranks | Non
             each.outcome = outcome
             continue
         metrics, history = outcome
-        planned = fit.planned_bytes(each.training.config, processed)
+        planned = fit.planned_bytes(each.training.config, processed) if len(members) == 1 else None
         if planned is not None:
             metrics["planned_memory_bytes"] = planned
         result = {"metrics": metrics, "history": history, "inputs": each.training.inputs}

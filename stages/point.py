@@ -26,11 +26,13 @@ def run(config: RunConfig, workspace: Workspace) -> None:
     command = shlex.join(["python", "-m", "stages.point", *overrides])
     point = Point(workspace.outputs, 0, overrides, {}, command, dataclasses.asdict(config))
     point.save()
-    inputs = SharedInputs().of([point])[0]
+    shared = SharedInputs()
+    inputs = shared.of([point])[0]
     if isinstance(inputs, PipelineError):
         raise inputs
     link_inputs(point.folder, inputs.processed, inputs.quantized)
     run_job([point.folder], fused=False)
+    shared.close()
     point = Point.load(point.folder)
     if point.state is not State.finished:
         raise PipelineError(point.reason or str(point.state))

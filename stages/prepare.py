@@ -11,6 +11,7 @@ import logging
 
 from pipeline.config import stage
 from pipeline.files import write_json
+from pipeline.fit import check_fit
 from pipeline.modeling import check_model, load_tokenizer, max_context
 from pipeline.preparation import Outputs, prepare
 from pipeline.provenance import write_provenance
@@ -21,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 def run(config: RunConfig, workspace: Workspace) -> None:
+    check_fit(config)
     check_model(config.model)
     tokenizer = load_tokenizer(config.model)
     outputs = Outputs(

@@ -11,6 +11,7 @@ import io
 from pipeline.config import stage
 from pipeline.dataset import load_split
 from pipeline.files import write_json, write_text
+from pipeline.fit import check_fit
 from pipeline.provenance import check_provenance
 from pipeline.quantization import quantize
 from pipeline.quantized_layers import LayerError
@@ -20,6 +21,7 @@ from pipeline.workspace import PROCESSED, QUANTIZED, Workspace
 
 
 def run(config: RunConfig, workspace: Workspace) -> None:
+    check_fit(config)
     device = select_device(config.runtime)
     processed = workspace.input(PROCESSED)
     check_provenance(processed, config.data, config.model)

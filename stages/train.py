@@ -7,24 +7,34 @@ On two GPUs: python -m stages.train runtime=ddp runtime.num_processes=2
 Several, each trained and evaluated: python -m stages.train -m lora.r=4,8,16
 """
 
+import logging
 import sys
 
-from pipeline import launching, tracking
+from pipeline import launched, launching, tracking
 from pipeline.config import stage
+from pipeline.device_memory import planned_and_measured
 from pipeline.errors import PipelineError
+from pipeline.fit import check_fit
 from pipeline.plots import plot_training_curves, write_training_tables
 from pipeline.ranks import join
 from pipeline.runtime import select_device
 from pipeline.schema import RunConfig
 from pipeline.stored_training import assist, check_inputs, is_stored, train, want
-from pipeline.workspace import Workspace
+from pipeline.workspace import PROCESSED, Workspace
+
+logger = logging.getLogger(__name__)
 
 
 def run(config: RunConfig, workspace: Workspace) -> None:
     check_inputs(config, workspace)
-    if launching.is_wanted(config.runtime) and not is_stored(config, workspace):
-        arguments = [*sys.argv[1:], f"runtime.output_dir={workspace.outputs}"]  # one folder, whatever the clock says
-        return launching.launch(config.runtime, "stages.train", arguments)
+    if not launched.by_a_stage() and not is_stored(config, workspace):
+        check_fit(config, workspace.input(PROCESSED))
+        if launching.is_wanted(config.runtime):
+            arguments = [
+                *sys.argv[1:],
+                f"runtime.output_dir={workspace.outputs}",
+            ]  # one folder, whatever the clock says
+            return launching.launch(config.runtime, "stages.train", arguments)
     device = select_device(config.runtime, one_of_several=True)
     ranks = join(device, config.runtime)
     if not ranks.is_main:
@@ -32,7 +42,10 @@ def run(config: RunConfig, workspace: Workspace) -> None:
     (trained,) = train([want(config, workspace)], device, ranks)
     if isinstance(trained, PipelineError):
         raise trained
-    history, reports = trained.result["history"], workspace.output("reports/train/curves.png").parent
+    metrics, history = trained.result["metrics"], trained.result["history"]
+    if "planned_memory_bytes" in metrics:
+        logger.info("peak memory: %s", planned_and_measured(metrics))
+    reports = workspace.output("reports/train/curves.png").parent
     write_training_tables(history, reports)
     plot_training_curves(history, reports / "curves.png")
     tracking.record_stage("train", config.runtime, workspace.outputs)

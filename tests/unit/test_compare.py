@@ -4,6 +4,7 @@ import csv
 import json
 import subprocess
 import sys
+from dataclasses import asdict
 from itertools import product
 from pathlib import Path
 
@@ -11,6 +12,10 @@ import numpy as np
 import pytest
 
 from pipeline.compare import Comparison, compare, main
+from pipeline.compare_edges import Edge, find_edges
+from pipeline.compare_judged import Judged
+from pipeline.compare_points import read_groups
+from pipeline.config import compose_config
 from pipeline.errors import ConfigError, DataError
 from pipeline.files import write_json, write_jsonl
 from pipeline.points import Point, State, Sweep
@@ -349,6 +354,93 @@ def test_what_is_wrong_is_said_in_one_message(tmp_path, monkeypatch, capsys):
     assert error.startswith("compare: error: multirun/here: none of its 2 points can be compared")
     assert "000 failed: out of memory" in error
     assert not Path("multirun/here/comparison").exists()
+
+
+EDGES = {"lora.r": [2, 4, 8], "train.learning_rate": [1e-3, 2e-3, 5e-3]}
+
+
+def make_edges(folder: Path, best: dict, command: str = "python -m stages.train -m lora.r=2,4,8", **axes) -> Path:
+    """A grid whose best setting is this one."""
+
+    def loss(swept: dict) -> float:
+        return 0.5 + 0.1 * sum(swept[key] != value for key, value in best.items())
+
+    make_sweep(folder, {**EDGES, **axes}, loss, noise=0.001)
+    for path in folder.glob("*/point.json"):  # whole settings, as a real point has them
+        point = Point.load(path.parent)
+        point.settings = asdict(compose_config([f"{key}={value}" for key, value in point.swept.items()]))
+        point.save()
+    sweep = Sweep.load(folder)
+    sweep.command = command
+    sweep.save()
+    return folder
+
+
+def test_a_best_on_the_edge_of_the_grid_says_which_way_to_go_on(tmp_path):
+    """The highest rank, the lowest learning rate; the axis of a file comes onto the command line."""
+    folder = make_edges(
+        tmp_path / "s",
+        {"lora.r": 8, "train.learning_rate": 1e-3},
+        "python -m stages.train -m experiment=x lora.r=2,4,8 hydra.sweep.dir=multirun/s",
+    )
+    found = compare(folder)
+    wider = "python -m stages.train -m experiment=x {} hydra.sweep.dir=multirun/s_wider{}"
+    commands = [
+        wider.format("lora.r=2,4,8,16", ""),
+        wider.format("lora.r=2,4,8", " train.learning_rate=0.001,0.002,0.005,0.0005"),
+    ]
+    assert [line for line in found.text.splitlines() if line.startswith("python")] == commands
+    text = " ".join(found.text.split())
+    assert "edge of the grid: r=8 is the highest of 2, 4, 8, and better ones may lie beyond. Only" in text
+    assert "edge of the grid: learning_rate=0.001 is the lowest of 0.001, 0.002, 0.005, and" in text
+    edges = settings_of(folder)["groups"][0]["edges"]
+    assert [(edge["key"], edge["beyond"], edge["command"]) for edge in edges] == [
+        ("lora.r", 16, commands[0]),
+        ("train.learning_rate", 0.0005, commands[1]),
+    ]
+    markdown = (folder / "comparison/index.md").read_text()
+    assert all(f"`{command}`" in markdown for command in commands)
+
+
+def edges_of(folder: Path) -> list[Edge]:
+    """Without the pictures, which take a second."""
+    sweep = Sweep.load(folder)
+    return find_edges(Judged(read_groups(sweep)[0][0], "loss"), sweep)
+
+
+@pytest.mark.parametrize(
+    ("best", "axes"),
+    [
+        ({"lora.r": 4, "train.learning_rate": 2e-3}, {}),  # inside
+        ({"lora.r": 4}, {"train.learning_rate": [2e-3]}),  # one value is no grid
+        ({"lora.r": 1}, {"lora.r": [1, 2, 4], "train.learning_rate": [2e-3]}),  # no rank lies below
+        ({"lora.r": 4, "train.weight_decay": 0.0}, {"train.weight_decay": [0.0, 0.1], "train.learning_rate": [2e-3]}),
+        ({"lora.r": 4, "lora.target_modules": "attention"}, {"lora.target_modules": ["attention", "mlp"]}),
+    ],
+)
+def test_what_has_nothing_beyond_is_no_edge(tmp_path, best, axes):
+    assert edges_of(make_edges(tmp_path / "s", {"train.learning_rate": 2e-3, **best}, **axes)) == []
+
+
+def test_neither_a_value_that_failed_further_out_nor_a_search_is_an_edge(tmp_path):
+    folder = make_edges(tmp_path / "s", {"lora.r": 8, "train.learning_rate": 2e-3})
+    assert [edge.key for edge in edges_of(folder)] == ["lora.r"]
+    (folder / "000/trial.json").write_text("{}")
+    assert edges_of(folder) == []
+    (folder / "000/trial.json").unlink()
+    sweep = Sweep.load(folder)
+    sweep.axes["lora.r"].append(500)
+    sweep.save()
+    assert edges_of(folder) == []
+
+
+def test_an_edge_says_where_others_inside_are_as_good(tmp_path):
+    for flat in (True, False):
+        best = {"train.learning_rate": 2e-3} if flat else {"train.learning_rate": 2e-3, "lora.r": 8}
+        (edge,) = edges_of(make_edges(tmp_path / str(flat), best, **{"lora.r": [4, 8]}))
+        assert edge.key == "lora.r"
+        assert edge.is_flat is flat
+        assert ("not shown to be better" in str(edge)) is flat
 
 
 def test_torch_is_not_imported(tmp_path):

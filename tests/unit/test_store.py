@@ -345,6 +345,7 @@ def test_a_training_killed_before_its_checkpoints_were_removed_loses_them_the_ne
     for module in ("stages.train", "pipeline.stored_training"):
         monkeypatch.setattr(f"{module}.tracking", MagicMock())
     monkeypatch.setattr("pipeline.stored_training.check_provenance", lambda *args: None)
+    monkeypatch.setattr("stages.train.check_fit", lambda *args: None)
     monkeypatch.setattr("stages.train.plot_training_curves", lambda *args: None)
     monkeypatch.setattr("pipeline.finetuning.finetune", finetune)
     config = compose_config(["train.method=lora"])

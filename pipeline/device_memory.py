@@ -1,0 +1,68 @@
+"""How much memory a device has free, and how the peak of a training compares with what was planned."""
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+CGROUPS = Path("/sys/fs/cgroup")
+OWN_CGROUPS = Path("/proc/self/cgroup")
+
+
+def free_bytes(device: str) -> int:
+    """Memory that this process can still take: of this process's GPU, or of the machine within its container's limits.
+
+    Args:
+        device: `cuda` or `cpu`.
+    """
+    if device == "cuda":
+        return torch.cuda.mem_get_info(int(os.environ.get("LOCAL_RANK", "0")))[0]
+    return min([psutil.virtual_memory().available, *_cgroup_room()])
+
+
+def _cgroup_room() -> Iterator[int]:
+    """Bytes left below the memory limit of each cgroup that this process is in (v2 and v1); file cache counts as free.
+
+    Inside a container `/proc/self/cgroup` may name paths of the host that are not mounted; then only the root is there.
+    """
+    for line in OWN_CGROUPS.read_text().splitlines() if OWN_CGROUPS.exists() else []:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            root, limit, used, cache = CGROUPS, "memory.max", "memory.current", "inactive_file"
+        elif "memory" in controllers.split(","):
+            root, limit, used = CGROUPS / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+            cache = "total_inactive_file"
+        else:
+            continue
+        folder = root / path.lstrip("/")
+        for group in [folder, *folder.parents]:
+            if (group / limit).is_file() and (most := (group / limit).read_text().strip()) != "max":
+                counts = dict(row.split() for row in (group / "memory.stat").read_text().splitlines())
+                yield max(0, int(most) - int((group / used).read_text()) + int(counts.get(cache, 0)))
+            if group == root:
+                break
+
+
+def baseline_memory_bytes(device: torch.device) -> int:
+    """What is taken before the base is loaded: torch's allocations on a GPU, on a CPU the interpreter and libraries."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    return psutil.Process().memory_info().rss
+
+
+def planned_and_measured(metrics: Mapping[str, Any]) -> str:
+    """One line for people from `metrics/train.json`: peak memory above the baseline, planned and measured.
+
+    Args:
+        metrics: has `planned_memory_bytes`, `peak_memory_bytes` and `baseline_memory_bytes`.
+    """
+    planned = metrics["planned_memory_bytes"]
+    measured = metrics["peak_memory_bytes"] - metrics["baseline_memory_bytes"]
+    off = f" ({100 * (planned / measured - 1):+.0f} %)" if measured > 0 else ""
+    return (
+        f"planned {planned / 1e9:.2f} GB{off}, measured {measured / 1e9:.2f} GB above the "
+        f"{metrics['baseline_memory_bytes'] / 1e9:.2f} GB that were taken before the base was loaded"
+    )

@@ -1,0 +1,110 @@
+"""Bytes of what lies in memory for good while training: weights, scales, adapter, gradients, optimizer states."""
+
+import math
+from typing import TYPE_CHECKING
+
+from pipeline.architecture import Architecture, LinearLayer
+from pipeline.lora import resolve_target_modules
+from pipeline.quantized_layers import FOUR_BIT, linear_names
+from pipeline.runtime import torch_dtype
+from pipeline.schema import Bias, Dtype, LoraConfig, Optimizer, QuantizationConfig, TrainMethod
+
+if TYPE_CHECKING:
+    from pipeline.memory import Setup
+
+# bitsandbytes 0.50: functional.quantize_4bit, functional.create_quant_map, optim.optimizer.Optimizer2State
+NESTED_BLOCK = 256  # scales that share one scale where they are quantized too
+NF4_TABLE_BYTES = 16 * 4
+NESTED_TABLE_BYTES = 256 * 4 + 4  # of 8-bit scales: their table and their mean
+OPTIMIZER_BLOCK = 256  # 8-bit states that share one scale
+SMALLEST_8BIT = 4096  # weights; the states of smaller tensors keep 32 bits
+SMALLEST_PAGED = 100_000  # weights; the states of smaller tensors lie on the device
+
+
+def num_bytes(dtype: Dtype) -> int:
+    return torch_dtype(dtype).itemsize
+
+
+def base_dtype(setup: "Setup") -> Dtype:
+    """Of what is not held in few bits: float32 with method full, as `load_training_base` loads it."""
+    if setup.method is TrainMethod.full:
+        return Dtype.float32
+    return setup.quantization.compute_dtype if setup.method is TrainMethod.qlora else setup.model_dtype
+
+
+def base_bytes(architecture: Architecture, setup: "Setup") -> tuple[int, int]:
+    """Weights, and the scales of those that are held in few bits.
+
+    Raises:
+        ConfigError: see `linear_names`.
+    """
+    width = num_bytes(base_dtype(setup))
+    if setup.method is not TrainMethod.qlora or not setup.keeps_quantized:
+        return architecture.num_parameters * width, 0
+    layers = quantized_linear(architecture, setup.quantization)
+    weights = width * (architecture.num_parameters - sum(layer.num_weights for layer in layers))
+    codes, scales = quantized_bytes(layers, setup.quantization)
+    return weights + codes, scales
+
+
+def quantized_linear(architecture: Architecture, quantization: QuantizationConfig) -> list[LinearLayer]:
+    """Raises: ConfigError: see `linear_names`."""
+    names = set(linear_names(architecture.model, quantization.skip_modules)[0])
+    return [layer for layer in architecture.linear if layer.path in names]
+
+
+def quantized_bytes(layers: list[LinearLayer], quantization: QuantizationConfig) -> tuple[int, int]:
+    """Codes and scales of bitsandbytes' layers, lookup tables included."""
+    if quantization.method not in FOUR_BIT:
+        return sum(layer.num_weights for layer in layers), sum(4 * layer.out_features for layer in layers)
+    codes = scales = 0
+    for layer in layers:
+        codes += math.ceil(layer.num_weights / 2)
+        blocks = math.ceil(layer.num_weights / quantization.blocksize)
+        nested = blocks + 4 * math.ceil(blocks / NESTED_BLOCK) + NESTED_TABLE_BYTES
+        scales += NF4_TABLE_BYTES + (nested if quantization.double_quant else 4 * blocks)
+    return codes, scales
+
+
+def adapter_tensors(architecture: Architecture, lora: LoraConfig) -> list[int]:
+    """Number of weights of each tensor that LoRA trains.
+
+    Raises:
+        ConfigError: see `resolve_target_modules`.
+    """
+    targets = resolve_target_modules(architecture.model, lora.target_modules)
+    layers = [x for x in architecture.linear if any(x.path == t or x.path.endswith(f".{t}") for t in targets)]
+    tensors = []
+    for layer in layers:
+        tensors += [lora.r * layer.in_features, lora.r * layer.out_features]
+        tensors += [layer.out_features] if lora.use_dora else []
+        tensors += [layer.out_features] if lora.bias is Bias.lora_only and layer.has_bias else []
+    if lora.bias is Bias.all:
+        tensors += [p.numel() for name, p in architecture.model.named_parameters() if name.endswith("bias")]
+    return tensors
+
+
+def trainable_tensors(architecture: Architecture, setup: "Setup") -> list[int]:
+    """Number of weights of each tensor that trains."""
+    if setup.method is TrainMethod.full:
+        return [p.numel() for p in architecture.model.parameters()]
+    return adapter_tensors(architecture, setup.lora)
+
+
+def trainable_dtype(setup: "Setup") -> Dtype:
+    return Dtype.float32 if setup.method is TrainMethod.full else setup.lora.adapter_dtype
+
+
+def optimizer_bytes(tensors: list[int], dtype: Dtype, optimizer: Optimizer, device: str) -> int:
+    """The states on the device. Paged ones lie in main memory and come page by page: they are not counted on CUDA."""
+    if optimizer is Optimizer.adamw:
+        return sum(2 * n * num_bytes(dtype) + 4 for n in tensors)
+    is_paged = optimizer is Optimizer.paged_adamw_8bit and device == "cuda"
+    total = 2 * 256 * 4  # the tables of the two states' codes
+    for n in tensors:
+        if n < SMALLEST_8BIT:
+            total += 2 * 4 * n
+        else:
+            scales = 4 * math.ceil(n / OPTIMIZER_BLOCK)
+            total += 2 * (scales + (0 if is_paged and n >= SMALLEST_PAGED else n))
+    return total
