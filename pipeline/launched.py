@@ -24,7 +24,7 @@ def local_rank() -> int:
 
 
 def by_a_stage() -> bool:
-    """Whether a stage launched this process, which has checked everything before; not somebody's `accelerate launch`."""
+    """Whether a stage launched this process, and checked everything before; not somebody's `accelerate launch`."""
     return MESSAGES in os.environ and world_size() > 1
 
 
