@@ -11,6 +11,7 @@ import signal
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from pipeline.errors import Interrupted, TrainingError
 from pipeline.launched import MESSAGES, world_size
@@ -71,14 +72,16 @@ def _options(runtime: RuntimeConfig, here: int) -> list[str]:
     return ["--multi_gpu", *(f"--{name}={value}" for name, value in options.items())]
 
 
-def _reason(error: Exception, messages: Path, num_processes: int) -> str:
-    """What the processes left, each text once; else how the first of them ended."""
+def _reason(error: Any, messages: Path, num_processes: int) -> str:
+    """Which process was killed; else what the processes left to be said, each text once."""
+    killed = [(rank, each) for rank, each in error.failures.items() if each.exitcode < 0]
+    by_whom = [(rank, each) for rank, each in killed if each.exitcode != -signal.SIGTERM]  # so the others are stopped
     texts = list(dict.fromkeys(path.read_text(encoding="utf-8") for path in sorted(messages.iterdir())))
-    if texts:
+    if texts and not by_whom:
         return "\n".join(texts)
-    rank, failure = error.get_first_failure()  # type: ignore[attr-defined]
+    rank, failure = (by_whom or killed or [error.get_first_failure()])[0]
     code = failure.exitcode
-    how = f"was ended by {failure.signal_name()}" if code < 0 else f"failed with exit code {code}"
+    how = f"was ended by {failure.signal_name()}" if code < 0 else f"failed with exit code {code} (see above)"
     hint = " (the system does that where memory runs out)" if code == -signal.SIGKILL else ""
     return (
         f"process {rank} of {num_processes} {how}{hint}, and the others were stopped. Run the same command again: the "

@@ -6,6 +6,7 @@ arXiv 2304.11277); accelerate makes the process group, by NCCL on GPUs and gloo 
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -14,6 +15,7 @@ import torch
 import torch.distributed
 from accelerate import PartialState
 
+from pipeline.errors import PipelineError, TrainingError
 from pipeline.launched import rank, world_size
 from pipeline.packing import inner_model
 from pipeline.schema import Engine, RuntimeConfig
@@ -90,6 +92,21 @@ def join(device: torch.device, runtime: RuntimeConfig) -> Ranks:
         return ALONE
     PartialState(cpu=device.type == "cpu", timeout=MEETING_TIMEOUT)
     return Ranks(rank(), world_size(), device, runtime.engine, runtime.zero_stage)
+
+
+@contextmanager
+def lost_peers_are_told() -> Iterator[None]:
+    """Raises: TrainingError: instead of the library's error where another process is gone."""
+    try:
+        yield
+    except RuntimeError as error:
+        is_of_torch = isinstance(error, torch.distributed.DistError) or "gloo" in str(error) or "NCCL" in str(error)
+        if isinstance(error, PipelineError) or not is_of_torch:
+            raise
+        raise TrainingError(
+            "another process of this training does not answer, and none goes on alone "
+            f"({str(error).strip().splitlines()[0]})."
+        ) from None
 
 
 def leave() -> None:

@@ -16,7 +16,7 @@ from pipeline.device_memory import planned_and_measured
 from pipeline.errors import PipelineError
 from pipeline.fit import check_fit
 from pipeline.plots import plot_training_curves, write_training_tables
-from pipeline.ranks import join
+from pipeline.ranks import join, lost_peers_are_told
 from pipeline.runtime import select_device
 from pipeline.schema import RunConfig
 from pipeline.stored_training import assist, check_inputs, is_stored, train, want
@@ -30,16 +30,14 @@ def run(config: RunConfig, workspace: Workspace) -> None:
     if not launched.by_a_stage() and not is_stored(config, workspace):
         check_fit(config, workspace.input(PROCESSED))
         if launching.is_wanted(config.runtime):
-            arguments = [
-                *sys.argv[1:],
-                f"runtime.output_dir={workspace.outputs}",
-            ]  # one folder, whatever the clock says
-            return launching.launch(config.runtime, "stages.train", arguments)
+            folder = f"runtime.output_dir={workspace.outputs}"  # one for all, whatever the clock says
+            return launching.launch(config.runtime, "stages.train", [*sys.argv[1:], folder])
     device = select_device(config.runtime, one_of_several=True)
     ranks = join(device, config.runtime)
-    if not ranks.is_main:
-        return assist(config, workspace, device, ranks)
-    (trained,) = train([want(config, workspace)], device, ranks)
+    with lost_peers_are_told():
+        if not ranks.is_main:
+            return assist(config, workspace, device, ranks)
+        (trained,) = train([want(config, workspace)], device, ranks)
     if isinstance(trained, PipelineError):
         raise trained
     metrics, history = trained.result["metrics"], trained.result["history"]
