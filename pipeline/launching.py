@@ -57,13 +57,13 @@ def launch(runtime: RuntimeConfig, module: str, arguments: Sequence[str]) -> Non
 
 def _options(runtime: RuntimeConfig, here: int) -> list[str]:
     """What accelerate is told; the engine and the precision are the training's own settings, not the launcher's."""
-    threads = runtime.num_threads or max(1, len(os.sched_getaffinity(0)) // here)
+    threads = runtime.num_threads or int(os.environ.get("OMP_NUM_THREADS", 0)) or len(os.sched_getaffinity(0)) // here
     options = {
         "num_processes": runtime.num_processes,
         "num_machines": runtime.num_machines,
         "machine_rank": runtime.machine_rank,
         "main_process_port": runtime.main_process_port or 0,
-        "num_cpu_threads_per_process": threads,
+        "num_cpu_threads_per_process": max(1, threads),
         "mixed_precision": "no",
         "dynamo_backend": "no",
     }

@@ -86,19 +86,19 @@ class Ranks:
 ALONE = Ranks()
 
 
-def join(device: torch.device, runtime: RuntimeConfig) -> Ranks:
-    """Meets the other processes, where a launcher started several."""
-    if world_size() == 1:
-        return ALONE
-    PartialState(cpu=device.type == "cpu", timeout=MEETING_TIMEOUT)
-    return Ranks(rank(), world_size(), device, runtime.engine, runtime.zero_stage)
-
-
 @contextmanager
-def lost_peers_are_told() -> Iterator[None]:
-    """Raises: TrainingError: instead of the library's error where another process is gone."""
+def joined(device: torch.device, runtime: RuntimeConfig) -> Iterator[Ranks]:
+    """This process among those that a launcher started with it, which meet here; it alone where there is none.
+
+    Raises:
+        TrainingError: instead of the library's error, where another process is gone.
+    """
+    if world_size() == 1:
+        yield ALONE
+        return
+    PartialState(cpu=device.type == "cpu", timeout=MEETING_TIMEOUT)
     try:
-        yield
+        yield Ranks(rank(), world_size(), device, runtime.engine, runtime.zero_stage)
     except RuntimeError as error:
         is_of_torch = isinstance(error, torch.distributed.DistError) or "gloo" in str(error) or "NCCL" in str(error)
         if isinstance(error, PipelineError) or not is_of_torch:
@@ -107,12 +107,7 @@ def lost_peers_are_told() -> Iterator[None]:
             "another process of this training does not answer, and none goes on alone "
             f"({str(error).strip().splitlines()[0]})."
         ) from None
-
-
-def leave() -> None:
-    """Ends what `join` began."""
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    torch.distributed.destroy_process_group()
 
 
 def shard(model: torch.nn.Module, device: torch.device) -> None:

@@ -16,7 +16,7 @@ from pipeline.device_memory import planned_and_measured
 from pipeline.errors import PipelineError
 from pipeline.fit import check_fit
 from pipeline.plots import plot_training_curves, write_training_tables
-from pipeline.ranks import join, lost_peers_are_told
+from pipeline.ranks import joined
 from pipeline.runtime import select_device
 from pipeline.schema import RunConfig
 from pipeline.stored_training import assist, check_inputs, is_stored, train, want
@@ -33,8 +33,7 @@ def run(config: RunConfig, workspace: Workspace) -> None:
             folder = f"runtime.output_dir={workspace.outputs}"  # one for all, whatever the clock says
             return launching.launch(config.runtime, "stages.train", [*sys.argv[1:], folder])
     device = select_device(config.runtime, one_of_several=True)
-    ranks = join(device, config.runtime)
-    with lost_peers_are_told():
+    with joined(device, config.runtime) as ranks:
         if not ranks.is_main:
             return assist(config, workspace, device, ranks)
         (trained,) = train([want(config, workspace)], device, ranks)
