@@ -22,7 +22,7 @@ def commands(kind: str) -> list[str]:
 
 def test_every_block_is_of_a_kind_that_is_run() -> None:
     kinds = set(re.findall(r"^```bash ?(.*)$", README, flags=re.MULTILINE))
-    assert kinds == {"", "slow", "data", "model", "gpu", "sweep", "queue"}
+    assert kinds == {"", "slow", "data", "model", "gpu", "sweep", "queue", "before", "gpus"}
 
 
 def test_every_path_that_it_names_exists_or_is_made() -> None:
@@ -44,9 +44,9 @@ def test_commands_for_other_machines_compose(command: str) -> None:
     check_overrides([word for flag, word in zip(words, words[1:], strict=False) if flag == "-S"])
 
 
-@pytest.mark.parametrize("command", [c for c in commands("sweep") if "stages.train" in c])
+@pytest.mark.parametrize("command", [c for c in (*commands("sweep"), *commands("gpus")) if "stages.train" in c])
 def test_sweeps_compose(command: str) -> None:
-    overrides = shlex.split(command)[4:]
+    overrides = [word for word in shlex.split(command, comments=True)[3:] if word != "-m"]
     choices = dict(line.split("=", 1) for line in overrides if line.startswith("hydra/"))
     assert all(ConfigStore.instance().load(f"{group}/{name}.yaml") for group, name in choices.items())
     check_overrides([line for line in overrides if not line.startswith("hydra")], "run")
@@ -66,6 +66,12 @@ def test_everyday_commands_run_one_after_another(project: Project) -> None:
     for command in commands(""):
         output = project.run(f"bash -c {shlex.quote(command)}", timeout=400)
         assert "Traceback" not in output, command
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", commands("before"))
+def test_plan_and_doctor(project: Project, command: str) -> None:
+    assert "Traceback" not in project.run(command)
 
 
 @pytest.mark.slow
