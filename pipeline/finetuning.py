@@ -117,7 +117,7 @@ def prepare(
         def finish_full(folder: Path) -> None:
             if guards.parameter_checksums(dict(base.named_parameters())) == start:
                 raise TrainingError("no weight changed in training. Look at train.learning_rate.")
-            wholes = {id(p): whole(p.detach()) for p in base.parameters()}  # tied ones stay one tensor
+            wholes = {id(p): whole(p) for p in base.parameters()}  # tied ones stay one tensor
             tied = base.named_parameters(remove_duplicate=False)
             state = base.state_dict() | {name: wholes[id(p)] for name, p in tied}
             if is_main:
@@ -140,7 +140,7 @@ def prepare(
     def finish_adapter(folder: Path) -> None:
         guards.check_base_unchanged(checksums, model)
         guards.check_adapter_moved(model)
-        trained = {name: whole(p.detach()).cpu() for name, p in model.named_parameters() if p.requires_grad}
+        trained = {name: whole(p).cpu() for name, p in model.named_parameters() if p.requires_grad}
         if is_main:
             save_adapter(model, folder, trained)
 

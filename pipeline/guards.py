@@ -59,7 +59,7 @@ def parameter_checksums(parameters: dict[str, torch.Tensor]) -> dict[str, int]:
     """One integer over the bits of each tensor: equal for equal bits."""
     widths = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     return {
-        name: int(whole(p.detach()).contiguous().view(widths[p.element_size()]).sum(dtype=torch.int64))
+        name: int(whole(p).contiguous().view(widths[p.element_size()]).sum(dtype=torch.int64))
         for name, p in parameters.items()
     }
 
@@ -81,7 +81,7 @@ def check_base_unchanged(before: dict[str, int], model: torch.nn.Module) -> None
 def check_adapter_moved(model: torch.nn.Module) -> None:
     """Raises: TrainingError: every lora_B is still zero, so the adapter does nothing."""
     matrices = [p for name, p in model.named_parameters() if "lora_B" in name]
-    if matrices and not any(bool(whole(p.detach()).any()) for p in matrices):
+    if matrices and not any(bool(whole(p).any()) for p in matrices):
         raise TrainingError(
             "every lora_B is still zero after training: nothing was learned. Look at train.learning_rate."
         )

@@ -1,9 +1,12 @@
 """What a process that was launched as one of several knows of itself: its number, and where to say why it ends."""
 
 import os
+from importlib.util import find_spec
 from pathlib import Path
 
+from pipeline.errors import ConfigError
 from pipeline.files import write_text
+from pipeline.schema import Engine, RuntimeConfig
 
 MESSAGES = "LORA_PIPELINE_MESSAGES"  # the folder for the processes' last words; set by `pipeline.launching`
 
@@ -26,6 +29,15 @@ def local_rank() -> int:
 def by_a_stage() -> bool:
     """Whether a stage launched this process, and checked everything before; not somebody's `accelerate launch`."""
     return MESSAGES in os.environ and world_size() > 1
+
+
+def check_package(runtime: RuntimeConfig) -> None:
+    """Raises: ConfigError: the engine's package is not installed."""
+    if runtime.engine is Engine.deepspeed and find_spec("deepspeed") is None:
+        raise ConfigError(
+            "runtime.engine: deepspeed, and the package is not installed. `pip install -e '.[deepspeed]'`, or set "
+            "runtime=fsdp, which cuts the weights too."
+        )
 
 
 def leave_message(text: str) -> bool:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import Interrupted, TrainingError
-from pipeline.launched import MESSAGES, world_size
+from pipeline.launched import MESSAGES, check_package, world_size
 from pipeline.schema import RuntimeConfig
 
 logger = logging.getLogger(__name__)
@@ -29,9 +29,11 @@ def launch(runtime: RuntimeConfig, module: str, arguments: Sequence[str]) -> Non
     """Runs `python -m MODULE ARGUMENTS` in this machine's share of `runtime.num_processes` processes, to their end.
 
     Raises:
+        ConfigError: the engine's package is not installed.
         TrainingError: one of them failed or was killed; the others were stopped.
         Interrupted: SIGTERM or Ctrl-C; they had time for a checkpoint.
     """
+    check_package(runtime)
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError

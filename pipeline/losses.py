@@ -59,10 +59,14 @@ class ForwardPlan:
 
 
 @contextmanager
-def plan_forward(model: torch.nn.Module) -> Iterator[ForwardPlan]:
-    """The fastest way by which this model computes the same logits, tried on a few tokens; good while inside."""
+def plan_forward(model: torch.nn.Module, chunked: bool = True) -> Iterator[ForwardPlan]:
+    """The fastest way by which this model computes the same logits, tried on a few tokens; good while inside.
+
+    Args:
+        chunked: the output head may be called outside the model's forward, by one process more often than by another.
+    """
     with fused_lora(model), packed_attention(model) as packed:
-        yield ForwardPlan(packed, _chunks_agree(inner_model(model), packed))
+        yield ForwardPlan(packed, chunked and _chunks_agree(inner_model(model), packed))
 
 
 def supervised_logits(model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,10 +1,12 @@
 """The processes of one training: which one this is, how they share work, and what they agree on.
 
 One process alone is the usual case: then nothing here communicates. Sharding is torch's FSDP2 (`fully_shard`,
-arXiv 2304.11277); accelerate makes the process group, by NCCL on GPUs and gloo on CPUs.
+arXiv 2304.11277), or DeepSpeed's (`pipeline.zero`); accelerate makes the process group, by NCCL on GPUs and gloo on
+CPUs.
 """
 
 import math
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +18,7 @@ import torch.distributed
 from accelerate import PartialState
 
 from pipeline.errors import PipelineError, TrainingError
-from pipeline.launched import rank, world_size
+from pipeline.launched import check_package, rank, world_size
 from pipeline.packing import inner_model
 from pipeline.schema import Engine, RuntimeConfig
 
@@ -32,13 +34,14 @@ class Ranks:
     count: of all processes.
     device: of this process: where it computes, and where tensors lie that the processes exchange.
     engine: what the processes share of the model.
+    zero_stage: of DeepSpeed; 0 with another engine.
     """
 
     index: int = 0
     count: int = 1
     device: torch.device = CPU
     engine: Engine = Engine.ddp
-    zero_stage: int = 2
+    zero_stage: int = 0
 
     @property
     def is_main(self) -> bool:
@@ -46,8 +49,8 @@ class Ranks:
 
     @property
     def shards(self) -> bool:
-        """Whether each process holds pieces of the weights (FSDP)."""
-        return self.count > 1 and self.engine is Engine.fsdp
+        """Whether each process holds pieces of the weights (FSDP, ZeRO-3)."""
+        return self.count > 1 and (self.engine is Engine.fsdp or self.zero_stage == 3)
 
     def share(self, items: Sequence[T]) -> Iterator[tuple[T, bool]]:
         """Every count-th item, and True. All processes get as many: where there is none left the last one again, False.
@@ -96,9 +99,13 @@ def joined(device: torch.device, runtime: RuntimeConfig) -> Iterator[Ranks]:
     if world_size() == 1:
         yield ALONE
         return
+    check_package(runtime)
+    uses_zero = runtime.engine is Engine.deepspeed
+    if uses_zero and device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would take a GPU that it finds
     PartialState(cpu=device.type == "cpu", timeout=MEETING_TIMEOUT)
     try:
-        yield Ranks(rank(), world_size(), device, runtime.engine, runtime.zero_stage)
+        yield Ranks(rank(), world_size(), device, runtime.engine, runtime.zero_stage if uses_zero else 0)
     except RuntimeError as error:
         is_of_torch = isinstance(error, torch.distributed.DistError) or "gloo" in str(error) or "NCCL" in str(error)
         if isinstance(error, PipelineError) or not is_of_torch:
@@ -132,6 +139,11 @@ def shard(model: torch.nn.Module, device: torch.device) -> None:
     # What is left, the output head and the last norm, stays put together from the forward to the backward: the loss
     # uses the head in chunks, and not every process has as many.
     fully_shard(model, mesh=mesh)
+    move_rest(model, device)
+
+
+def move_rest(model: torch.nn.Module, device: torch.device) -> None:
+    """Brings to the device what a sharded model has beside its parameters."""
     for module in model.modules():
         if getattr(module, "quant_state", None) is not None:  # of bitsandbytes: no parameter, and every process has all
             module.quant_state.to(device)
@@ -140,7 +152,13 @@ def shard(model: torch.nn.Module, device: torch.device) -> None:
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """A sharded tensor put together, on every process (all have to ask); any other as it is."""
+    """A sharded tensor put together, on every process (all have to ask); any other as it is. Without a gradient."""
+    if hasattr(tensor, "ds_id"):  # of DeepSpeed's ZeRO-3
+        from deepspeed import zero
+
+        with zero.GatheredParameters([tensor]):
+            return tensor.data.clone()
+    tensor = tensor.detach()
     return tensor.full_tensor() if _is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 

@@ -116,18 +116,25 @@ class Trainer:
         AcceleratorState._reset_state(reset_partial_state=ranks.count == 1)
         device = ranks.device if ranks.count > 1 else next(model.parameters()).device
         self.ranks = ranks
+        self.zero = _load_zero() if ranks.zero_stage else None
         self.accelerator = Accelerator(
             mixed_precision=PRECISIONS[settings.mixed_precision],
-            cpu=device.type == "cpu",
+            cpu=device.type == "cpu" and self.zero is None,  # with it accelerate refuses DeepSpeed; without GPU as good
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # else the environment may set it
+            deepspeed_plugin=None if self.zero is None else self.zero.plugin(settings, ranks.zero_stage),
         )
-        if ranks.shards:
+        if self.zero is not None and ranks.shards:
+            self.zero.cut(model, self.accelerator, device)
+        elif ranks.shards:
             shard(model, device)
         self.trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.num_steps = num_steps(settings, len(train_split))
         optimizer = make_optimizer(settings, list(self.trainable.values()))
-        self.model = model if ranks.shards else self.accelerator.prepare_model(model)
-        self.optimizer = self.accelerator.prepare_optimizer(optimizer)
+        if self.zero is not None:
+            self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        else:
+            self.model = model if ranks.shards else self.accelerator.prepare_model(model)
+            self.optimizer = self.accelerator.prepare_optimizer(optimizer)
         self.scheduler = make_scheduler(settings, self.optimizer, self.num_steps)
         self.train_split, self.validation_split = train_split, validation_split.head(settings.eval_max_rows)
         self.settings, self.pad_token_id, self.on_event, self.progress_bar = (
@@ -153,7 +160,7 @@ class Trainer:
         bar = tqdm(
             total=self.num_steps, initial=progress.step, desc="train", unit="step", disable=not self.progress_bar
         )
-        with StopRequest() as stop, plan_forward(self.model) as self.plan, bar:
+        with StopRequest() as stop, plan_forward(self.model, self.ranks.zero_stage != 3) as self.plan, bar:
             if progress.step == 0:
                 self.judge(self._measure())
             while not self.is_done:
@@ -269,7 +276,7 @@ class Trainer:
         for number, (piece, counts) in enumerate(shares, 1):
             batch = collate(self.train_split, piece, self.pad_token_id, self.plan.packed)
             with self._gradients_meet(number == len(shares)):
-                with self.accelerator.autocast():
+                with self._autocast():
                     loss, _ = supervised_loss(self.model, batch.to(self.accelerator.device), self.plan)
                 # the processes' gradients are averaged where they meet: times their number, that is the sum
                 self.accelerator.backward(loss / (num_tokens / ranks.count) if counts else loss * 0.0)
@@ -278,8 +285,17 @@ class Trainer:
         return step_loss
 
     def _gradients_meet(self, is_last: bool) -> AbstractContextManager[None]:
-        """DDP sums the gradients of all processes once a step, after the last micro-batch."""
+        """The gradients of all processes are summed after the last micro-batch; there DeepSpeed makes its step too."""
+        if self.zero is not None:
+            self.accelerator.gradient_state._set_sync_gradients(is_last)
         return nullcontext() if is_last or self.ranks.count == 1 else self.accelerator.no_sync(self.model)
+
+    def _autocast(self) -> AbstractContextManager[None]:
+        """accelerate leaves it to DeepSpeed, whose forward has it; the output head may come after that."""
+        dtype = self.settings.mixed_precision
+        if self.zero is None or dtype is None:
+            return self.accelerator.autocast()
+        return torch.autocast(self.accelerator.device.type, getattr(torch, dtype))
 
     def _fitting(self, work: Callable[[], T]) -> T:
         """The work's result; where memory runs out it is done again from its start in smaller pieces.
@@ -393,7 +409,7 @@ class Trainer:
         if result.loss < progress.best_loss:
             progress.best_loss, progress.best_step, progress.validations_since_best = result.loss, progress.step, 0
             if settings.keep is Keep.best:
-                self.best_weights = {name: whole(p.detach()).cpu().clone() for name, p in self.trainable.items()}
+                self.best_weights = {name: whole(p).cpu().clone() for name, p in self.trainable.items()}
             return
         progress.validations_since_best += 1
         patience = settings.early_stopping_patience
@@ -410,7 +426,7 @@ class Trainer:
         while True:
             size = self.progress.eval_batch_size
             try:
-                with self.accelerator.autocast():
+                with self._autocast():
                     return measure_loss(
                         self.model, self.validation_split, size, self.pad_token_id, self.progress_bar, self.plan,
                         self.ranks,
@@ -452,10 +468,10 @@ class Trainer:
 
         Tensors are whole, so that another engine, or another number of processes, can go on from here too.
         """
-        tensors = {f"now.{name}": whole(p.detach()).cpu() for name, p in self.trainable.items()}
+        tensors = {f"now.{name}": whole(p).cpu() for name, p in self.trainable.items()}
         tensors |= {f"best.{name}": tensor for name, tensor in self.best_weights.items()}
         state = {
-            "optimizer": whole_state(self.optimizer.state_dict()),
+            "optimizer": self._optimizer_state(),
             "scheduler": self.scheduler.state_dict(),
             "rng": rng_state(),
         }
@@ -469,7 +485,11 @@ class Trainer:
         """Puts everything back, and tells `on_event` what it may not have heard."""
         self._load_weights({n.removeprefix("now."): t for n, t in checkpoint.tensors.items() if n.startswith("now.")})
         self.best_weights = {n.removeprefix("best."): t for n, t in checkpoint.tensors.items() if n.startswith("best.")}
-        self.optimizer.load_state_dict(self._in_pieces(checkpoint.state["optimizer"]))
+        if self.zero is not None:
+            weights = list(self.trainable.values())
+            self.zero.load_optimizer_state(self.model, weights, checkpoint.state["optimizer"], self.ranks)
+        else:
+            self.optimizer.load_state_dict(self._in_pieces(checkpoint.state["optimizer"]))
         self.scheduler.load_state_dict(checkpoint.state["scheduler"])
         if self.accelerator.scaler is not None and "scaler" in checkpoint.state:
             self.accelerator.scaler.load_state_dict(checkpoint.state["scaler"])
@@ -484,6 +504,12 @@ class Trainer:
         for event in self.progress.history:
             self.on_event(int(event["step"]), {name: value for name, value in event.items() if name != "step"})
 
+    def _optimizer_state(self) -> Any:
+        """The optimizer's state dict as in one process."""
+        if self.zero is not None:
+            return self.zero.optimizer_state(self.model, list(self.trainable.values()))
+        return whole_state(self.optimizer.state_dict())
+
     def _in_pieces(self, optimizer_state: dict[str, Any]) -> dict[str, Any]:
         """An optimizer's state dict with each tensor cut as its parameter is."""
         states = {
@@ -495,7 +521,17 @@ class Trainer:
     @torch.no_grad()
     def _load_weights(self, weights: dict[str, torch.Tensor]) -> None:
         for name, parameter in self.trainable.items():
-            parameter.copy_(piece_like(weights[name], parameter))
+            if self.zero is not None:
+                self.zero.load_weight(parameter, weights[name], self.ranks)
+            else:
+                parameter.copy_(piece_like(weights[name], parameter))
+
+
+def _load_zero() -> Any:
+    """What is DeepSpeed's own: an optional package, and seconds to import."""
+    from pipeline import zero
+
+    return zero
 
 
 def is_out_of_memory(error: BaseException) -> bool:

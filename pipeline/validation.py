@@ -11,6 +11,7 @@ from pipeline.schema import (
     Engine,
     LoraConfig,
     ModelConfig,
+    OnSpike,
     Optimizer,
     QuantizationConfig,
     QuantizationMethod,
@@ -166,19 +167,37 @@ def _conflicts(config: Config) -> list[str]:
 
 
 def _engine_problems(config: RunConfig) -> list[str]:
-    """What does not go with weights in pieces."""
-    if config.runtime.num_processes == 1 or config.runtime.engine is not Engine.fsdp:
+    """What does not go with weights, or optimizer states, in pieces."""
+    engine = config.runtime.engine
+    if config.runtime.num_processes == 1 or engine is Engine.ddp:
         return []
     found = []
     if config.train.optimizer is not Optimizer.adamw:
         found.append(
-            f"train.optimizer: {config.train.optimizer} with runtime.engine fsdp: bitsandbytes' optimizers do not know "
-            "weights in pieces; set train.optimizer=adamw, whose states are cut too"
+            f"train.optimizer: {config.train.optimizer} with runtime.engine {engine}: bitsandbytes' optimizers do not "
+            "know weights in pieces; set train.optimizer=adamw, whose states are cut too"
         )
     if config.train.mixed_precision is Dtype.float16:
         found.append(
-            "train.mixed_precision: float16 with runtime.engine fsdp: each process would find its own loss scale; set "
-            "bfloat16"
+            f"train.mixed_precision: float16 with runtime.engine {engine}: each process would find its own loss scale; "
+            "set bfloat16"
+        )
+    if engine is Engine.deepspeed:
+        found += _deepspeed_problems(config)
+    return found
+
+
+def _deepspeed_problems(config: RunConfig) -> list[str]:
+    found = []
+    if config.train.on_spike is not OnSpike.log:
+        found.append(
+            f"train.on_spike: {config.train.on_spike} with runtime.engine deepspeed, which tells a gradient's norm "
+            "after the update; set train.on_spike=log, or runtime=fsdp"
+        )
+    if config.train.method is not TrainMethod.full and config.lora.adapter_dtype is not Dtype.float32:
+        found.append(
+            f"lora.adapter_dtype: {config.lora.adapter_dtype} with runtime.engine deepspeed, which would update fp32 "
+            "copies that no checkpoint has; set lora.adapter_dtype=float32"
         )
     return found
 

@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import psutil
@@ -19,6 +20,9 @@ from tests.stages.test_dvc import make_small
 TRAIN = "python -m stages.train train.eval_steps=4 runtime.system_metrics=false runtime.progress=false"
 TOLERANCE = 1e-5
 SECONDS = 120
+needs_deepspeed = pytest.mark.skipif(
+    find_spec("deepspeed") is None, reason="DeepSpeed is not installed; an extra: pip install -e '.[deepspeed]'"
+)
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +104,64 @@ def test_fsdp_shards_a_base_in_4_bits_and_its_adapter_is_whole_and_merges(projec
     merge = json.loads((folder / "metrics/merge.json").read_text())
     assert merge["mean_kl"] < 1e-6
     assert merge["top1_agreement"] >= 0.9999
+
+
+@pytest.mark.slow
+@needs_deepspeed
+@pytest.mark.parametrize(
+    ("engine", "options"),
+    [
+        ("deepspeed_zero2", ""),
+        ("deepspeed_zero3", "runtime.keep_quantized=always train.gradient_checkpointing=true"),
+    ],
+)
+def test_deepspeed_gives_the_result_of_one_process(project: Project, alone: Path, engine: str, options: str) -> None:
+    found = differences(alone, train(project, engine, f"runtime={engine} {options} {UNEVEN}"))
+    weights = found.pop("weights")
+    assert max(found.values()) < TOLERANCE, found
+    assert weights < 1e-3
+
+
+@pytest.mark.slow
+@needs_deepspeed
+@pytest.mark.timeout(900)
+def test_a_checkpoint_of_deepspeed_is_gone_on_with_by_any_engine(project: Project) -> None:
+    """ZeRO-2 stops, ZeRO-3 goes on and stops, ZeRO-2 goes on and stops, one process ends it."""
+    steps = "train.max_steps=12 runtime.checkpoint_steps=2"
+    whole = train(project, "long", steps)
+    store, folder = project.folder / "store_stopped", project.folder / "outputs/stopped"
+    project.env["DVC_ROOT"] = str(store)
+    for engine, is_resumed in (("deepspeed_zero2", False), ("deepspeed_zero3", True), ("deepspeed_zero2", True)):
+        said = stop_after_checkpoint(project, store, f"{TRAIN} runtime={engine} {steps} runtime.output_dir={folder}")
+        assert ("going on after step" in said) is is_resumed, said
+        assert "stopped by SIGTERM" in said
+        assert "Traceback" not in said
+    assert "going on after step" in project.run(f"{TRAIN} {steps} runtime.output_dir={folder}")
+    found = differences(whole, folder)
+    weights = found.pop("weights")
+    assert max(found.values()) < TOLERANCE, found
+    assert weights < 1e-3
+
+
+def stop_after_checkpoint(project: Project, store: Path, command: str) -> str:
+    """What a training said that got SIGTERM after its next checkpoint."""
+    before = checkpoints(store)
+    process = subprocess.Popen(
+        f"exec {command}", shell=True, cwd=project.folder, env=project.env, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    deadline = time.monotonic() + 2 * SECONDS
+    while not checkpoints(store) - before:
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline, "no checkpoint came"
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    said, _ = process.communicate(timeout=SECONDS)
+    return said
+
+
+def checkpoints(store: Path) -> set[str]:
+    return {path.name for path in store.glob(".training/*/checkpoints/checkpoint-*")}
 
 
 @pytest.mark.slow

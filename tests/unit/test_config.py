@@ -8,6 +8,7 @@ import pytest
 
 from pipeline.config import check_overrides, compose, compose_config, differences, dump
 from pipeline.errors import ConfigError
+from pipeline.launched import check_package
 from pipeline.schema import RunConfig
 from tests.conftest import ROOT
 
@@ -32,6 +33,7 @@ from tests.conftest import ROOT
         ("merge.max_shard_size=big", "5GB"),
         ("runtime.checkpoint_steps=0", "runtime.checkpoint_steps: 0 must be at least 1"),
         ("runtime.num_threads=0", "runtime.num_threads: 0 must be at least 1"),
+        ("runtime.zero_stage=1", "runtime.zero_stage: 1 must be 2 or 3"),
         ("gate.conditions=[adapter.loss]", "gate.conditions: 'adapter.loss': 0 comparisons"),
     ],
 )
@@ -46,6 +48,32 @@ def test_all_problems_come_in_one_message() -> None:
     with pytest.raises(ConfigError) as error:
         compose_config(["lora.r=0", "train.micro_batch_size=0", "merge.parity_num_tokens=0"])
     assert all(key in str(error.value) for key in ("lora.r:", "train.micro_batch_size:", "merge.parity_num_tokens:"))
+
+
+@pytest.mark.parametrize(
+    ("runtime", "override", "said"),
+    [
+        ("fsdp", "train.optimizer=adamw_8bit", "with runtime.engine fsdp: bitsandbytes' optimizers"),
+        ("deepspeed_zero2", "train.optimizer=paged_adamw_8bit", "set train.optimizer=adamw"),
+        ("deepspeed_zero3", "train.mixed_precision=float16", "set bfloat16"),
+        ("deepspeed_zero2", "train.on_spike=clip", "set train.on_spike=log"),
+        ("deepspeed_zero3", "train.on_spike=skip", "set train.on_spike=log"),
+        ("deepspeed_zero3", "lora.adapter_dtype=bfloat16", "set lora.adapter_dtype=float32"),
+    ],
+)
+def test_what_an_engine_cannot_do_is_refused_with_the_remedy(runtime: str, override: str, said: str) -> None:
+    compose_config([f"runtime={runtime}"])
+    compose_config([override])
+    with pytest.raises(ConfigError) as error:
+        compose_config([f"runtime={runtime}", override])
+    assert said in str(error.value)
+
+
+def test_a_missing_deepspeed_is_said_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.launched.find_spec", lambda name: None)
+    check_package(compose_config(["runtime=ddp"]).runtime)
+    with pytest.raises(ConfigError, match="pip install"):
+        check_package(compose_config(["runtime=deepspeed_zero2"]).runtime)
 
 
 def test_alpha_follows_the_rank_unless_given() -> None:
