@@ -58,7 +58,7 @@ class Checkpoints:
         Raises:
             TrainingError: the disk is full; the checkpoints before are as they were.
         """
-        target = self.folder / f"checkpoint-{checkpoint.step:08d}"
+        target = _folder(self.folder, checkpoint.step)
         temporary = self.folder / f".unfinished-{os.getpid()}"
         for leftover in self.folder.glob(".unfinished-*"):
             shutil.rmtree(leftover, ignore_errors=True)
@@ -91,17 +91,30 @@ class Checkpoints:
         for folder in reversed(self._folders()):
             problem = _problem(folder)
             if problem is None:
-                return Checkpoint(
-                    step=int(folder.name.rpartition("-")[2]),
-                    tensors=load_file(folder / FILES[0]),
-                    state=torch.load(folder / FILES[1], weights_only=True, map_location="cpu"),
-                    numbers=read_json(folder / FILES[2]),
-                )
+                return _load(folder)
             logger.warning("%s: %s; passed over for the one before", folder, problem)
         return None
 
+    def of_step(self, step: int) -> Checkpoint | None:
+        """The checkpoint of this step; None where it is not there, torn or altered."""
+        folder = _folder(self.folder, step)
+        return _load(folder) if _problem(folder) is None else None
+
     def _folders(self) -> list[Path]:
         return sorted(self.folder.glob("checkpoint-*"))
+
+
+def _folder(folder: Path, step: int) -> Path:
+    return folder / f"checkpoint-{step:08d}"
+
+
+def _load(folder: Path) -> Checkpoint:
+    return Checkpoint(
+        step=int(folder.name.rpartition("-")[2]),
+        tensors=load_file(folder / FILES[0]),
+        state=torch.load(folder / FILES[1], weights_only=True, map_location="cpu"),
+        numbers=read_json(folder / FILES[2]),
+    )
 
 
 def _problem(folder: Path) -> str | None:

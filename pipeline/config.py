@@ -31,7 +31,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from pipeline.conditions import condition_problems
 from pipeline.errors import ConfigError, PipelineError
-from pipeline.launched import leave_message, rank
+from pipeline.launched import by_a_stage, leave_message, rank
 from pipeline.schema import RunConfig
 from pipeline.search_space import parse_axis
 from pipeline.validation import problems
@@ -219,9 +219,10 @@ def stage(body: Body, name: str) -> Callable[[], None]:
             runtime = settings.runtime
             started = time.time()
             body(settings, Workspace(Path(runtime.inputs_dir), Path(runtime.output_dir)))
-            if runtime.output_dir != ".":
-                logger.info("outputs are in %s", runtime.output_dir)
-            _log_times(name, imported, started)
+            if not by_a_stage():  # which says it
+                if runtime.output_dir != ".":
+                    logger.info("outputs are in %s", runtime.output_dir)
+                _log_times(name, imported, started)
 
     task.__module__ = body.__module__
     task.__name__ = name  # launchers ask for it

@@ -62,7 +62,7 @@ def finetune(
     baseline = baseline_memory_bytes(device)
     base = _load_base(config, quantized, device, ranks)
     seed_everything(config.train.seed)  # loading may draw random numbers: the adapter's start must not depend on it
-    model, finish = prepare(base, config, train_split, tokenizer.pad_token_id, ranks.is_main)
+    model, finish = prepare(base, config, train_split, tokenizer.pad_token_id, ranks)
     untrained_end = end_token_is_untrained(base, train_split, tokenizer)
     counts = count_parameters(model)
     trainer = Trainer(
@@ -106,7 +106,7 @@ def end_token_is_untrained(base: PreTrainedModel, split: Split, tokenizer: Any) 
 
 
 def prepare(
-    base: PreTrainedModel, config: RunConfig, split: Split, pad_token_id: int, is_main: bool = True
+    base: PreTrainedModel, config: RunConfig, split: Split, pad_token_id: int, ranks: Ranks = ALONE
 ) -> tuple[torch.nn.Module, Callable[[Path], None]]:
     """The model to train, and what checks it afterwards and, in the main process, saves it."""
     device = next(base.parameters()).device
@@ -120,14 +120,17 @@ def prepare(
             wholes = {id(p): whole(p) for p in base.parameters()}  # tied ones stay one tensor
             tied = base.named_parameters(remove_duplicate=False)
             state = base.state_dict() | {name: wholes[id(p)] for name, p in tied}
-            if is_main:
+            if ranks.is_main:
                 with quiet_transformers():
                     base.save_pretrained(str(folder), state_dict=state)
 
         return base, finish_full
 
     base.requires_grad_(False)
-    rows = np.flatnonzero(split.num_supervised)[:2].tolist()  # two show as much as many, and take less memory
+    supervised = np.flatnonzero(split.num_supervised)
+    rows = supervised[:2].tolist()  # two show as much as many, and take less memory
+    if ranks.shards:  # the whole base lies in main memory yet: one short row on the CPU
+        rows = [int(supervised[split.lengths[supervised].argmin()])]
     batch = collate(split, rows, pad_token_id).to(device)
     base.eval()
     with torch.no_grad():
@@ -141,7 +144,7 @@ def prepare(
         guards.check_base_unchanged(checksums, model)
         guards.check_adapter_moved(model)
         trained = {name: whole(p).cpu() for name, p in model.named_parameters() if p.requires_grad}
-        if is_main:
+        if ranks.is_main:
             save_adapter(model, folder, trained)
 
     return model, finish_adapter

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from pipeline.checkpoints import Checkpoints
 from pipeline.dataset import Split
+from pipeline.device_memory import baseline_memory_bytes
 from pipeline.errors import ConfigError, Interrupted, PipelineError
 from pipeline.finetuning import (
     count_parameters,
@@ -75,6 +76,7 @@ def finetune_together(
     use_deterministic_kernels()
     train_split, validation_split = load_splits(processed)
     tokenizer = load_tokenizer(config.model)
+    baseline = baseline_memory_bytes(device)
     base = load_training_base(
         config.model, config.quantization, config.train.method, quantized, device, config.runtime.keep_quantized
     ).requires_grad_(False)
@@ -102,7 +104,7 @@ def finetune_together(
         try:
             metrics, history = _finish(each, device, seconds, len(train_split))
             extra = {"untrained_end_token": untrained_end, "fused_with": len(able) - 1}
-            results.append((metrics | extra, history))
+            results.append((metrics | extra | {"baseline_memory_bytes": baseline}, history))
         except PipelineError as error:
             results.append(error)
     return results

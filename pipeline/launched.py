@@ -9,6 +9,7 @@ from pipeline.files import write_text
 from pipeline.schema import Engine, RuntimeConfig
 
 MESSAGES = "LORA_PIPELINE_MESSAGES"  # the folder for the processes' last words; set by `pipeline.launching`
+LAUNCHER = "LORA_PIPELINE_LAUNCHER"  # its process: number, and seconds from the machine's boot to its start
 
 
 def rank() -> int:
@@ -27,8 +28,17 @@ def local_rank() -> int:
 
 
 def by_a_stage() -> bool:
-    """Whether a stage launched this process, and checked everything before; not somebody's `accelerate launch`."""
+    """Whether a stage launched this process, not somebody's own `accelerate launch`."""
     return MESSAGES in os.environ and world_size() > 1
+
+
+def check_launch(runtime: RuntimeConfig) -> None:
+    """Raises: ConfigError: another number of processes than the settings say."""
+    if world_size() not in (1, runtime.num_processes):
+        raise ConfigError(
+            f"runtime.num_processes: {runtime.num_processes}, but {world_size()} processes were launched (WORLD_SIZE). "
+            f"Give runtime.num_processes={world_size()}, which the checks and the plan go by."
+        )
 
 
 def check_package(runtime: RuntimeConfig) -> None:

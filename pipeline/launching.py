@@ -5,6 +5,7 @@ passes signals on, and says in one line what ended them. Every one of them runs 
 tells it which one it is.
 """
 
+import json
 import logging
 import os
 import signal
@@ -14,10 +15,16 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import Interrupted, TrainingError
-from pipeline.launched import MESSAGES, check_package, world_size
+from pipeline.launched import LAUNCHER, MESSAGES, check_package, world_size
+from pipeline.parents import this_process
 from pipeline.schema import RuntimeConfig
 
 logger = logging.getLogger(__name__)
+SHUTDOWN_SECONDS = 300  # after SIGTERM, for a step, its validation and a checkpoint; then SIGKILL
+DEFAULTS = {
+    "compute_environment": "LOCAL_MACHINE", "distributed_type": "MULTI_GPU", "mixed_precision": "no",
+    "use_cpu": False, "debug": False, "gpu_ids": "all",
+}  # fmt: skip
 
 
 def is_wanted(runtime: RuntimeConfig) -> bool:
@@ -45,21 +52,30 @@ def launch(runtime: RuntimeConfig, module: str, arguments: Sequence[str]) -> Non
         "%d processes (%s)%s", runtime.num_processes, runtime.engine,
         f", {here} of them here" if runtime.num_machines > 1 else "",
     )  # fmt: skip
-    with tempfile.TemporaryDirectory() as messages:
-        os.environ[MESSAGES] = messages
+    process = this_process()
+    with tempfile.TemporaryDirectory() as messages, tempfile.NamedTemporaryFile("w", suffix=".json") as defaults:
+        json.dump(DEFAULTS, defaults)  # else accelerate takes what `accelerate config` once wrote for other work
+        defaults.flush()
+        os.environ |= {
+            MESSAGES: messages, LAUNCHER: f"{process.pid} {process.created}",
+            "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(SHUTDOWN_SECONDS),
+        }  # fmt: skip
+        options = [f"--config_file={defaults.name}", *_options(runtime, here)]
         try:
-            launch_command(launch_command_parser().parse_args([*_options(runtime, here), "-m", module, *arguments]))
+            launch_command(launch_command_parser().parse_args([*options, "-m", module, *arguments]))
         except ChildFailedError as error:
             raise TrainingError(_reason(error, Path(messages), runtime.num_processes)) from None
         except SignalException as error:
             raise Interrupted(f"stopped by {signal.Signals(error.sigval).name}.") from None
         finally:
-            del os.environ[MESSAGES]
+            del os.environ[MESSAGES], os.environ[LAUNCHER]
 
 
 def _options(runtime: RuntimeConfig, here: int) -> list[str]:
     """What accelerate is told; the engine and the precision are the training's own settings, not the launcher's."""
-    threads = runtime.num_threads or int(os.environ.get("OMP_NUM_THREADS", 0)) or len(os.sched_getaffinity(0)) // here
+    set_outside = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]  # a number for each level of nesting
+    outside = int(set_outside) if set_outside.isdigit() else 0
+    threads = runtime.num_threads or outside or len(os.sched_getaffinity(0)) // here
     options = {
         "num_processes": runtime.num_processes,
         "num_machines": runtime.num_machines,

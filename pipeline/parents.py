@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 
-from pipeline.launched import world_size
+from pipeline.launched import LAUNCHER, by_a_stage
 
 SLACK_SECONDS = 2.0  # the kernel gives the boot time in whole seconds, and it may turn over between two readings
 ADOPTERS = ("init", "systemd")  # besides pid 1
@@ -87,10 +87,10 @@ class Starters:
 
 
 def _launcher() -> KnownProcess | None:
-    if world_size() == 1:
-        return None
-    parent = psutil.Process().parent()
-    return DIED_BEFORE if parent is None or parent.pid == 1 else KnownProcess.of(parent)
+    if by_a_stage():
+        pid, created = os.environ[LAUNCHER].split()
+        return KnownProcess(int(pid), float(created))
+    return None  # somebody's own `accelerate launch` or `srun` looks after its processes
 
 
 def _stage_of(process: psutil.Process) -> str | None:

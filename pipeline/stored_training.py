@@ -155,10 +155,10 @@ def train(
             if identify(each.training.config, each.training.workspace)[0] != each.training.key:
                 each.outcome = TrainingError("data, base or code were changed meanwhile. Run the same command again.")
         waiting = [each for each in waiting if each.outcome is None]
-        if ranks is not None:
-            ranks.from_main(waiting[0].folder if waiting else None)
         if waiting:
             _train(waiting, device, ranks)
+        elif ranks is not None:
+            ranks.from_main(None)  # nothing to do for the others
         for each in opened.values():
             if isinstance(each.outcome, Trained):
                 each.outcome.run_id = _write(each, each.outcome.result)
@@ -188,6 +188,7 @@ def _train(waiting: Sequence[_Open], device: "torch.device", ranks: "Ranks | Non
         _mark_fused(each.folder, is_fused=len(waiting) > 1)
         target = store.new_adapter_folder(each.folder)
         members.append(Member(each.training.config, target, checkpoints, _both(each.live.log, each.training.on_event)))
+    planned = None
     are_resumed = [any(member.checkpoints.folder.glob("checkpoint-*")) for member in members]
     workspace = waiting[0].training.workspace
     processed, quantized = workspace.input(PROCESSED), workspace.input(QUANTIZED)
@@ -196,6 +197,9 @@ def _train(waiting: Sequence[_Open], device: "torch.device", ranks: "Ranks | Non
     else:
         (alone,) = members
         arguments = alone.adapter_folder, alone.checkpoints, device, alone.on_event
+        planned = fit.planned_bytes(alone.config, processed)
+        if ranks is not None:
+            ranks.from_main(waiting[0].folder)
         try:
             found = [finetune(alone.config, processed, quantized, *arguments, ranks or ALONE)]
         except Interrupted:
@@ -207,7 +211,6 @@ def _train(waiting: Sequence[_Open], device: "torch.device", ranks: "Ranks | Non
             each.outcome = outcome
             continue
         metrics, history = outcome
-        planned = fit.planned_bytes(each.training.config, processed) if len(members) == 1 else None
         if planned is not None:
             metrics["planned_memory_bytes"] = planned
         result = {"metrics": metrics, "history": history, "inputs": each.training.inputs}

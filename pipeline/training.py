@@ -200,7 +200,7 @@ class Trainer:
 
     def start(self, checkpoints: Checkpoints | None) -> Progress:
         """Goes back to the newest checkpoint where there is one."""
-        newest = checkpoints.latest() if checkpoints else None
+        newest = self._newest(checkpoints) if checkpoints else None
         if newest is not None:
             self._restore(newest)
             logger.info("going on after step %d of %d, from its checkpoint", newest.step, self.num_steps)
@@ -210,6 +210,26 @@ class Trainer:
             self._checkpoint_activations()
         self.model.train()
         return self.progress
+
+    def _newest(self, checkpoints: Checkpoints) -> Checkpoint | None:
+        """The newest whole checkpoint; of several processes the one that process 0 chooses.
+
+        Raises:
+            TrainingError: a process does not see that one whole.
+        """
+        newest = checkpoints.latest() if self.ranks.is_main else None
+        if self.ranks.count == 1:
+            return newest
+        step = self.ranks.from_main(newest.step if newest is not None else None)
+        if step is not None and newest is None:
+            newest = checkpoints.of_step(step)
+        blind = [i for i, sees in enumerate(self.ranks.gather(step is None or newest is not None)) if not sees]
+        if blind:
+            raise TrainingError(
+                f"{checkpoints.folder}: process {blind[0]} does not see the checkpoint of step {step} whole, which "
+                "process 0 goes on from. Do all machines share this folder? Run the same command again."
+            )
+        return newest
 
     def _take_step(self) -> None:
         started = time.perf_counter()
@@ -512,9 +532,12 @@ class Trainer:
 
     def _in_pieces(self, optimizer_state: dict[str, Any]) -> dict[str, Any]:
         """An optimizer's state dict with each tensor cut as its parameter is."""
+        parameters = list(self.trainable.values())
         states = {
-            number: {name: piece_like(v, p) if isinstance(v, torch.Tensor) else v for name, v in state.items()}
-            for (number, state), p in zip(optimizer_state["state"].items(), self.trainable.values(), strict=False)
+            number: {
+                n: piece_like(v, parameters[number]) if isinstance(v, torch.Tensor) else v for n, v in state.items()
+            }
+            for number, state in optimizer_state["state"].items()
         }
         return {**optimizer_state, "state": states}
 

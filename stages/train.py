@@ -26,14 +26,16 @@ logger = logging.getLogger(__name__)
 
 
 def run(config: RunConfig, workspace: Workspace) -> None:
+    launched.check_launch(config.runtime)
     check_inputs(config, workspace)
-    if not launched.by_a_stage() and not is_stored(config, workspace):
-        check_fit(config, workspace.input(PROCESSED))
-        if launching.is_wanted(config.runtime):
-            folder = f"runtime.output_dir={workspace.outputs}"  # one for all, whatever the clock says
-            return launching.launch(config.runtime, "stages.train", [*sys.argv[1:], folder])
+    is_new = not is_stored(config, workspace)
+    if is_new and launching.is_wanted(config.runtime):
+        folder = f"runtime.output_dir={workspace.outputs}"  # one for all, whatever the clock says
+        return launching.launch(config.runtime, "stages.train", [*sys.argv[1:], folder])
     device = select_device(config.runtime, one_of_several=True)
     with joined(device, config.runtime) as ranks:
+        if is_new:
+            check_fit(config, workspace.input(PROCESSED))  # of several processes each looks at its own GPU
         if not ranks.is_main:
             return assist(config, workspace, device, ranks)
         (trained,) = train([want(config, workspace)], device, ranks)
