@@ -25,8 +25,8 @@ def examine(overrides: Sequence[str], only: Sequence[str] = ()) -> Iterator[Find
     for finding in run(Check("python", doctor_refusal.check_python), Patient(None)):
         too_old |= finding.status == "fail"
         yield finding
-    if too_old:
-        return  # nothing else could be imported
+    if too_old or set(only) == {"python"}:
+        return  # where it is too old, nothing else could be imported
     patient = Patient(None)
     try:
         patient = read_settings(overrides)
@@ -40,7 +40,7 @@ def examine(overrides: Sequence[str], only: Sequence[str] = ()) -> Iterator[Find
     except Exception as error:
         yield Finding("fail", f"the doctor cannot run here: {_tell(error)}", REMEDY, "doctor")
         return
-    names = [check.name for check in checks]
+    names = ["python", "settings", *(check.name for check in checks)]
     if unknown := [name for name in only if name not in names]:
         raise ConfigError(f"--only: no check is called {', '.join(unknown)}; there are {', '.join(names)}.")
     for check in checks:
@@ -73,6 +73,7 @@ def table() -> tuple[Check, ...]:
         Check("open files", doctor_machine.check_open_files),
         Check("text", doctor_machine.check_text),
         Check("clock", doctor_machine.check_clock),
+        Check("processes", doctor_device.check_processes),
         Check("device", doctor_device.check_device),
         Check("store", doctor_project.check_store),
         Check("leases", doctor_project.check_leases),

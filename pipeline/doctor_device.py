@@ -45,6 +45,28 @@ def check_device(patient: Patient) -> Iterator[Finding]:
         yield Finding("fail", f"the trial on the device broke: {how}", remedy, "device")
 
 
+def check_processes(patient: Patient) -> Iterator[Finding]:
+    """Processes of the training on this machine against its GPUs, where it uses any: one process a GPU."""
+    if patient.config is None:
+        return
+    import torch
+
+    runtime = patient.config.runtime
+    here = runtime.num_processes // runtime.num_machines
+    text = f"{here} of the training ({runtime.engine}) on this machine"
+    gpus = 0 if runtime.device == "cpu" else torch.cuda.device_count()
+    if not gpus:  # where one is asked for or lies idle, the check of the GPU says it
+        yield Finding("ok", f"{text}, on the CPU")
+    elif here > gpus:
+        remedy = f"set runtime.num_processes={gpus * runtime.num_machines}, or look at CUDA_VISIBLE_DEVICES"
+        yield Finding("fail", f"{text}, and torch finds {gpus} GPUs here: one process a GPU", remedy)
+    elif runtime.num_processes == 1 and runtime.engine != "ddp":
+        remedy = f"set runtime.num_processes={gpus}" if gpus > 1 else "set runtime.engine=ddp, or take several GPUs"
+        yield Finding("warn", f"{text}: one process alone cuts nothing", remedy)
+    else:
+        yield Finding("ok", f"{text}, one a GPU; torch finds {gpus}")
+
+
 def _needs_bitsandbytes(patient: Patient) -> bool:
     config = patient.config
     return config is None or config.quantization.method != "none" or config.train.optimizer != "adamw"

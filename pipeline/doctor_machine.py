@@ -66,12 +66,12 @@ def _planned_bytes(patient: Patient) -> tuple[int, int, str]:
 
 def check_memory(patient: Patient) -> Iterator[Finding]:
     """Free memory, or less where a cgroup (container, Slurm) sets a limit; swap."""
-    memory = psutil.virtual_memory()
-    limits = _cgroup_limits()
-    limit, room = min(limits, key=lambda pair: pair[1], default=(memory.total, memory.available))
-    free = min(memory.available, room)
-    text = f"{free / 1e9:.1f} GB free of {min(memory.total, limit) / 1e9:.1f} GB"
-    text += f" (the cgroup's limit; the machine has {memory.total / 1e9:.1f} GB)" if limit < memory.total else ""
+    from pipeline.device_memory import free_bytes  # imports torch
+
+    memory, free = psutil.virtual_memory(), free_bytes("cpu")
+    text = f"{memory.available / 1e9:.1f} GB free of {memory.total / 1e9:.1f} GB"
+    if free < 0.95 * memory.available:  # what is available was looked at twice, and changes
+        text = f"{free / 1e9:.1f} GB free below a cgroup's limit (container, Slurm); the machine has {text}"
     text += f", swap {psutil.swap_memory().free / 1e9:.1f} GB free"
     if free < MEMORY_BYTES:
         found = f"{text}; a stage takes up to {MEMORY_BYTES / 1e9:.0f} GB even on the smallest model"
@@ -86,16 +86,6 @@ def _cgroups() -> Iterator[Path]:
     lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
     own = CGROUP / next((line[3:].lstrip("/") for line in lines if line.startswith("0::")), "")
     yield from (folder for folder in (own, *own.parents) if folder.is_relative_to(CGROUP))
-
-
-def _cgroup_limits() -> list[tuple[int, int]]:
-    """Limit and room in bytes of each cgroup that sets one."""
-    found = []
-    for folder in _cgroups():
-        limit, used = (_words(folder / name) for name in ("memory.max", "memory.current"))
-        if limit and used and limit[0].isdigit():
-            found.append((int(limit[0]), max(int(limit[0]) - int(used[0]), 0)))
-    return found
 
 
 def _words(path: Path) -> list[str]:

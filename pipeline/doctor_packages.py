@@ -1,6 +1,8 @@
 """The doctor on installed packages: the pins, requirements between them, second copies, extras."""
 
 import importlib.metadata
+import re
+import sys
 import tomllib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -9,7 +11,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from pipeline.doctor_refusal import REMEDY, ROOT, Finding, Patient
+from pipeline.doctor_refusal import REMEDY, ROOT, Finding, Patient, Status
 
 NUM_NAMED = 5
 # (package, its versions, another, the versions that it breaks with, why): what their own metadata do not say
@@ -108,23 +110,45 @@ def _project(table: str, extra: str | None = None) -> list[Requirement]:
 
 def check_copies(patient: Patient) -> Iterator[Finding]:
     """Packages that lie in two folders of sys.path: the first hides the second, or is mixed with it."""
-    names = {canonicalize_name(requirement.name) for requirement in _project("dependencies")}
+    wanted = {str(canonicalize_name(needed.name)): needed.specifier for needed in _project("dependencies")}
     twice = {name: copies for name, copies in distributions().items() if len(copies) > 1}
     for name in sorted(twice):
+        first, *hidden = twice[name]
         where = ", hiding ".join(f"{copy.version} in {copy.locate_file('')}" for copy in twice[name])
+        status: Status = "fail" if name in wanted else "warn"
         remedy = "unset PYTHONPATH, or remove one of the two (`pip uninstall`)"
-        yield Finding("fail" if name in names else "warn", f"{name} {where}", remedy)
+        if _sees_system() and not any(map(_is_own, hidden)):
+            if name not in wanted or wanted[name].contains(first.version, prereleases=True):
+                status = "warn"
+                remedy = "none is needed: the first is used; an environment without --system-site-packages has no other"
+            elif _is_own(first):
+                remedy = f"{REMEDY} puts the right one into the environment, in front of the system's"
+        yield Finding(status, f"{name} {where}", remedy)
     if not twice:
         yield Finding("ok", "no package lies twice on Python's path")
 
 
+def _sees_system() -> bool:
+    """Whether this is an environment made with --system-site-packages: its own come first, the system's after them."""
+    file = Path(sys.prefix, "pyvenv.cfg")
+    text = file.read_text(encoding="utf-8") if file.is_file() else ""
+    return re.search(r"^include-system-site-packages\s*=\s*true\s*$", text, re.IGNORECASE | re.MULTILINE) is not None
+
+
+def _is_own(distribution: importlib.metadata.Distribution) -> bool:
+    return Path(str(distribution.locate_file(""))).resolve().is_relative_to(Path(sys.prefix).resolve())
+
+
 def check_extras(patient: Patient) -> Iterator[Finding]:
-    """The optional packages that the chosen sweeper, launcher and harness need."""
-    wanted = [extra for choice, extra in EXTRAS.items() if choice in patient.choices]
-    if patient.config is not None and patient.config.evaluate.harness_tasks:
-        wanted.append("harness")
+    """The optional packages that the chosen sweeper, launcher, harness and engine need."""
+    wanted: dict[str, Status] = {extra: "fail" for choice, extra in EXTRAS.items() if choice in patient.choices}
+    config = patient.config
+    if config is not None and config.evaluate.harness_tasks:
+        wanted["harness"] = "fail"
+    if config is not None and config.runtime.engine == "deepspeed":
+        wanted["deepspeed"] = "fail" if config.runtime.num_processes > 1 else "warn"  # one process does not import it
     installed = distributions()
-    for extra in wanted:
+    for extra, status in wanted.items():
         for requirement in _project("optional-dependencies", extra):
             copies = installed.get(canonicalize_name(requirement.name))
             if copies is not None and requirement.specifier.contains(copies[0].version, prereleases=True):
@@ -132,7 +156,7 @@ def check_extras(patient: Patient) -> Iterator[Finding]:
                 continue
             what = "is missing" if copies is None else f"{copies[0].version} is installed"
             remedy = f"`pip install -c constraints.txt -e '.[{extra}]'`"
-            yield Finding("fail", f"{requirement}, for the extra {extra}: {what}", remedy)
+            yield Finding(status, f"{requirement}, for the extra {extra}: {what}", remedy)
     if not wanted:
         yield Finding("ok", "these settings need none")
 

@@ -23,7 +23,10 @@ COMMAND_SECONDS = 60.0
 
 def check_git(patient: Patient) -> Iterator[Finding]:
     top = _run("git", "rev-parse", "--show-toplevel")
-    if top.returncode != 0:
+    foreign = re.search(r"git config --global --add safe\.directory .+", top.stderr)  # in every language of git
+    if foreign is not None:
+        yield Finding("fail", f"{ROOT}: git uses no repository that another user owns", f"`{foreign[0]}`")
+    elif top.returncode != 0:
         yield Finding("fail", f"{ROOT}: no git repository ({_last(top)})", "`git init && git add -A && git commit`")
     elif _run("git", "rev-parse", "--verify", "-q", "HEAD").returncode != 0:
         yield Finding("fail", f"{top.stdout.strip()}: no commit yet, which `dvc exp run` needs", "`git commit`")
@@ -54,13 +57,20 @@ def check_dvc_cache(patient: Patient) -> Iterator[Finding]:
     from dvc.repo import Repo
     from dvc_objects.fs.generic import test_links
 
+    if not os.access(ROOT, os.W_OK):  # opening writes files
+        yield _unknown_links(ROOT)
+        return
     with Repo(str(ROOT)) as repo:
         cache = repo.cache.local
         wanted = repo.config["cache"].get("type") or ["reflink", "copy"]
         if not os.path.exists(cache.path):
             yield Finding("ok", f"{cache.path} is not there yet: the first `dvc repro` makes it")
             return
-        links = test_links(["reflink", "hardlink", "symlink"], cache.fs, cache.path, repo.fs, repo.root_dir)
+        if not os.access(cache.path, os.W_OK):  # trying does, too
+            yield _unknown_links(cache.path)
+            return
+        inside = os.path.join(repo.root_dir, "file")  # the trial is made beside it
+        links = test_links(["reflink", "hardlink", "symlink"], cache.fs, cache.path, repo.fs, inside)
     used = next((name for name in wanted if name in links), "copy")
     text = f"{cache.path}: files by {used} (it could by {', '.join(links) or 'copy alone'})"
     size = _model_bytes(patient)
@@ -71,6 +81,11 @@ def check_dvc_cache(patient: Patient) -> Iterator[Finding]:
         )
     else:
         yield Finding("ok", text)
+
+
+def _unknown_links(folder: str | Path) -> Finding:
+    found = f"{folder}: cannot be written, so `dvc repro` cannot run here, and how it would share files is not known"
+    return Finding("warn", found, "give this user the right to, or work in another clone of the project")
 
 
 def _model_bytes(patient: Patient) -> int:
@@ -156,9 +171,14 @@ def _is_orphaned(lock: Path) -> bool:
 def check_leases(patient: Patient) -> Iterator[Finding]:
     """GPUs that are held though the process that took them is gone: a child of it holds on."""
     folder = Path(tempfile.gettempdir(), "lora-pipeline-gpus")  # looked at, never made here
-    held, lost = 0, []
+    held, lost, closed = 0, [], []
     for path in sorted(folder.glob("[!.]*")):
-        with path.open(encoding="utf-8") as file:
+        try:
+            lease = path.open(encoding="utf-8")
+        except OSError as error:
+            closed.append(f"{path}: cannot be opened ({error.strerror}), so who holds this GPU is not known")
+            continue
+        with lease as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
                 continue
@@ -169,7 +189,9 @@ def check_leases(patient: Patient) -> Iterator[Finding]:
                 lost.append(f"{path.name} was taken by process {owner[1]}, which is gone")
     for text in lost:
         yield Finding("warn", f"{text}; a child of it holds the GPU", f"find it with `fuser {folder}/*` and end it")
-    if not lost:
+    for text in closed:
+        yield Finding("warn", text, "ask its owner to remove it")
+    if not lost and not closed:
         yield Finding("ok", f"{held} GPUs are held, by living processes" if held else "no GPU is held")
 
 

@@ -85,6 +85,7 @@ STAGE_PACKAGES: dict[str, tuple[str, ...]] = {
 }
 STAGES = tuple(STAGE_PACKAGES)
 ON_DEVICE = ("quantize", "train", "evaluate", "merge", "point")
+STORING = ("train", "evaluate", "point")  # write to `.training` of the project, wherever their outputs go
 
 
 def refuse(stage: str, config: "RunConfig") -> None:
@@ -179,11 +180,15 @@ def open_gpus() -> list[str]:
 
 
 def check_disk(patient: Patient) -> Iterator[Finding]:
-    """Room, inodes and permission where outputs and stored trainings go."""
-    folders = [Path(os.environ.get("DVC_ROOT") or ROOT)]
+    """Room, inodes and permission where outputs go, and what the stage stores in the project."""
+    folders = []
+    if patient.stage is None or patient.stage in STORING:
+        folders.append(Path(os.environ.get("DVC_ROOT") or ROOT) / ".training")
     if patient.config is not None:
         folders.append(Path(patient.config.runtime.output_dir))
-    findings = [check_room(folder, FLOOR_BYTES) for folder in dict.fromkeys(map(existing, folders))]
+    # of those that can be written, one a disk
+    distinct = {f.stat().st_dev if os.access(f, os.W_OK) else f: f for f in map(existing, folders)}
+    findings = [check_room(folder, FLOOR_BYTES) for folder in distinct.values()]
     wrong = [finding for finding in findings if finding.status != "ok"]
     yield from wrong or [Finding("ok", "; ".join(finding.found for finding in findings))]
 
@@ -201,6 +206,8 @@ def check_room(folder: Path, num_bytes: int) -> Finding:
     text = f"{folder}: {free / 1e9:.1f} GB free"
     if not os.access(folder, os.W_OK) or disk.f_flag & os.ST_RDONLY:
         return Finding("fail", f"{folder}: cannot be written", "give this user the right to, or take another folder")
+    if not disk.f_blocks:
+        return Finding("ok", f"{folder}: its file system does not tell what is free")
     if free < num_bytes:
         return Finding(
             "fail",

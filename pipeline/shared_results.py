@@ -43,6 +43,8 @@ def make_once(
             os.utime(lock.fileno())  # in use: `pipeline.store clean --older-than` looks at it
             if _is_made(folder):
                 break
+            # on NFS the shared one would be kept while waiting: two processes would wait for each other for ever
+            fcntl.flock(lock, fcntl.LOCK_UN)
             _acquire(lock, fcntl.LOCK_EX, kind)
             if not _is_made(folder):
                 _make(folder, kind, inputs, make)

@@ -15,14 +15,24 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub
 import peft
+import psutil
 import pytest
 import torch
 from packaging.utils import canonicalize_name
 
-from pipeline import doctor, doctor_device, doctor_machine, doctor_packages, doctor_project, doctor_refusal
+from pipeline import (
+    device_memory,
+    doctor,
+    doctor_device,
+    doctor_machine,
+    doctor_packages,
+    doctor_project,
+    doctor_refusal,
+)
 from pipeline import doctor_services as services
 from pipeline.bnb import bnb
 from pipeline.doctor_refusal import Check, Finding, Patient, RefusalError, refuse
@@ -64,6 +74,23 @@ def test_a_wrong_version_in_front_of_the_right_one_stops_the_stages_that_import_
     assert "transformers 4.40.0 for 5.23.0" in texts(doctor_packages.check_pins)
 
 
+def test_the_systems_copy_behind_the_environments_only_warns(tmp_path, monkeypatch) -> None:
+    prefix, peft_version = tmp_path / "venv", importlib.metadata.version("peft")
+    for version, system_too, status, remedy in (
+        (peft_version, "true", "warn", "none is needed"),
+        ("0.1.0", "true", "fail", "pip install -r constraints.txt"),
+        (peft_version, "false", "fail", "unset PYTHONPATH"),  # the control
+    ):
+        own = fake_package(tmp_path / f"venv/{version}-{system_too}", "peft", version)
+        (prefix / "pyvenv.cfg").write_text(f"home = /usr/bin\ninclude-system-site-packages = {system_too}\n")
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "prefix", str(prefix))
+            patch.syspath_prepend(own)
+            found = texts(doctor_packages.check_copies)
+        assert found.startswith(f"{status} peft {version} in "), found
+        assert remedy in found
+
+
 def test_the_environment_of_the_tests_is_whole() -> None:
     for check in ("check_pins", "check_requirements", "check_copies", "check_extras"):
         assert statuses(getattr(doctor_packages, check)) == ["ok"], check
@@ -100,7 +127,8 @@ def test_each_stage_is_stopped_by_every_package_that_it_imports(monkeypatch) -> 
     owners = importlib.metadata.packages_distributions()
     unused = {Path("pipeline/doctor_refusal.py"), Path("pipeline/device_memory.py")}  # they use torch where it is used
     own = {*sys.stdlib_module_names, "pipeline", "stages", "hydra_plugins"}
-    optional = {"mlflow", "mlflow-skinny", "mlflow-tracing", "lm-eval", "optuna", "sqlalchemy", "packaging"}  # extras
+    optional = {"mlflow", "mlflow-skinny", "mlflow-tracing", "sqlalchemy", "packaging"}
+    optional |= {"lm-eval", "optuna", "deepspeed"}  # extras
     for stage, packages in doctor_refusal.STAGE_PACKAGES.items():
         modules: set[str] = set()
         for path in set(imported_files(f"stages.{stage}")) - unused:
@@ -121,6 +149,17 @@ def test_extras_of_the_chosen_launcher(monkeypatch) -> None:
     monkeypatch.setattr(doctor_packages, "distributions", lambda: {k: v for k, v in whole.items() if k != "ray"})
     assert "is missing" in texts(doctor_packages.check_extras, patient)
     assert statuses(doctor_packages.check_extras) == ["ok"]
+
+
+def test_extras_of_the_engine(monkeypatch) -> None:
+    whole = {name: copies for name, copies in doctor_packages.distributions().items() if name != "deepspeed"}
+    monkeypatch.setattr(doctor_packages, "distributions", lambda: whole)
+    two = Patient(settings(runtime__engine="deepspeed", runtime__num_processes=2))
+    assert "fail deepspeed<0.20,>=0.19, for the extra deepspeed: is missing" in texts(doctor_packages.check_extras, two)
+    assert "-e '.[deepspeed]'" in texts(doctor_packages.check_extras, two)
+    one = Patient(settings(runtime__engine="deepspeed"))  # which does not import it
+    assert statuses(doctor_packages.check_extras, one) == ["warn"]
+    assert statuses(doctor_packages.check_extras, Patient(settings(runtime__engine="fsdp"))) == ["ok"]
 
 
 def test_a_python_that_is_too_old_ends_the_examination(monkeypatch) -> None:
@@ -159,6 +198,26 @@ def test_a_gpu_that_torch_does_not_use_stops_what_computes(tmp_path, monkeypatch
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
     assert texts(doctor_refusal.check_gpu, Patient(cuda)) == "ok NVIDIA H200 "
+
+
+@pytest.mark.parametrize(
+    ("gpus", "runtime", "status", "said"),
+    [
+        (0, {"num_processes": 4}, "ok", "on the CPU"),
+        (2, {"num_processes": 4, "device": "cpu"}, "ok", "on the CPU"),
+        (2, {"num_processes": 2}, "ok", "2 of the training (ddp) on this machine, one a GPU; torch finds 2"),
+        (4, {}, "ok", "torch finds 4"),
+        (2, {"num_processes": 4}, "fail", "torch finds 2 GPUs here: one process a GPU set runtime.num_processes=2"),
+        (2, {"num_processes": 4, "num_machines": 2}, "ok", "one a GPU"),
+        (1, {"num_processes": 4, "num_machines": 2}, "fail", "set runtime.num_processes=2"),
+        (4, {"engine": "fsdp"}, "warn", "one process alone cuts nothing set runtime.num_processes=4"),
+    ],
+)
+def test_processes_against_gpus(monkeypatch, gpus, runtime, status, said) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    found = texts(doctor_device.check_processes, Patient(settings(**{f"runtime__{k}": v for k, v in runtime.items()})))
+    assert found.startswith(status)
+    assert said in found
 
 
 @pytest.mark.parametrize(
@@ -283,14 +342,45 @@ def test_a_disk_that_cannot_be_written(monkeypatch, tmp_path) -> None:
     assert doctor_refusal.check_room(tmp_path, 1).status == "fail"
 
 
+def test_a_project_that_cannot_be_written_stops_what_writes_there(tmp_path, monkeypatch) -> None:
+    project = tmp_path / "project"
+    project.mkdir()
+    monkeypatch.setenv("DVC_ROOT", str(project))
+    monkeypatch.setattr(os, "access", lambda path, _: not Path(path).is_relative_to(project))  # root may everywhere
+    elsewhere, inside = (settings(runtime__output_dir=str(folder / "out")) for folder in (tmp_path, project))
+    for stage in ("prepare", "quantize", "merge", "report", "gate"):
+        refuse(stage, elsewhere)
+    for stage, config in (("train", elsewhere), ("evaluate", elsewhere), ("point", elsewhere), ("gate", inside)):
+        with pytest.raises(RefusalError, match=f"{project}: cannot be written"):
+            refuse(stage, config)
+
+
+def test_a_disk_that_does_not_tell_its_size_is_not_full(tmp_path, monkeypatch) -> None:
+    disk = os.statvfs(tmp_path)
+    for blocks, status in ((0, "ok"), (1000, "fail")):
+        told = os.statvfs_result((disk.f_bsize, disk.f_frsize, blocks, 0, 0, 0, 0, 0, 0, 255, 0))
+        monkeypatch.setattr(os, "statvfs", lambda _, told=told: told)
+        found = doctor_refusal.check_room(tmp_path, 1)
+        assert found.status == status
+        assert ("0.0 GB free" in found.found) is (status == "fail")
+
+
 def test_limits_of_the_cgroup(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(doctor_machine, "CGROUP", tmp_path)
+    own = tmp_path / "own"
+    own.write_text("0::/\n")
+    monkeypatch.setattr(device_memory, "CGROUPS", tmp_path)
+    monkeypatch.setattr(device_memory, "OWN_CGROUPS", own)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=64 * 10**9, available=32 * 10**9))
+    assert "ok 32.0 GB free of 64.0 GB, swap" in texts(doctor_machine.check_memory)
     monkeypatch.setattr(doctor_machine, "_cgroups", lambda: [tmp_path])
     for name, text in {"memory.max": "5000000000", "memory.current": "500000000", "cpu.max": "100000 100000"}.items():
         (tmp_path / name).write_text(text)
-    assert "ok 4.5 GB free of 5.0 GB (the cgroup's limit" in texts(doctor_machine.check_memory)
+    (tmp_path / "memory.stat").write_text("inactive_file 0\n")
+    assert "ok 4.5 GB free below a cgroup's limit" in texts(doctor_machine.check_memory)
     (tmp_path / "memory.current").write_text("4500000000")
-    assert "warn 0.5 GB free" in texts(doctor_machine.check_memory)
+    assert "warn 0.5 GB free below" in texts(doctor_machine.check_memory)
+    (tmp_path / "memory.stat").write_text("inactive_file 4000000000\n")  # the page cache
+    assert "ok 4.5 GB free below" in texts(doctor_machine.check_memory)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     assert statuses(doctor_machine.check_threads) == ["ok"]
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
@@ -344,6 +434,17 @@ def test_git_and_dvc(tmp_path, monkeypatch) -> None:
     assert statuses(doctor_project.check_dvc) == ["ok"]
 
 
+def test_a_repository_of_another_user_is_one(tmp_path, monkeypatch) -> None:
+    subprocess.run(["git", "init", "-q", tmp_path], check=True)
+    monkeypatch.setattr(doctor_project, "ROOT", tmp_path)
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", str(tmp_path / "none"))
+    monkeypatch.setenv("GIT_CONFIG_NOSYSTEM", "1")
+    monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")  # git's own, for tests
+    found = texts(doctor_project.check_git)
+    assert "another user owns" in found
+    assert found.endswith(f"`git config --global --add safe.directory {tmp_path}`")
+
+
 def test_params_and_code_deps(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(ROOT)
     assert statuses(doctor_project.check_params_file) == ["ok"]
@@ -372,6 +473,14 @@ def test_a_large_model_on_a_disk_without_links(monkeypatch) -> None:
     monkeypatch.setattr(doctor_project, "_model_bytes", lambda _: 16 * 10**9)
     if (ROOT / ".dvc/cache").exists():
         assert "a model of 16.0 GB is there twice" in texts(doctor_project.check_dvc_cache)
+
+
+def test_a_cache_or_a_project_that_cannot_be_written(monkeypatch) -> None:
+    monkeypatch.setattr(os, "access", lambda path, _: Path(path) != ROOT)  # root may everywhere
+    assert f"warn {ROOT}: cannot be written, so `dvc repro` cannot run" in texts(doctor_project.check_dvc_cache)
+    if (ROOT / ".dvc/cache/files/md5").exists():
+        monkeypatch.setattr(os, "access", lambda path, _: Path(path) == ROOT)
+        assert "md5: cannot be written" in texts(doctor_project.check_dvc_cache)
 
 
 def test_unfinished_and_orphaned_trainings(tmp_path, monkeypatch) -> None:
@@ -403,6 +512,12 @@ def test_a_gpu_held_for_a_dead_process(tmp_path, monkeypatch) -> None:
         file.write_text(file.read_text().replace(f"process {os.getpid()} ", f"process {2**22 + 1} "))
         assert "which is gone; a child of it holds the GPU" in texts(doctor_project.check_leases)
     assert "no GPU is held" in texts(doctor_project.check_leases)
+
+
+def test_a_lease_that_cannot_be_opened(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    (tmp_path / "lora-pipeline-gpus/GPU-1").mkdir(parents=True)  # root may open every file, and no folder
+    assert texts(doctor_project.check_leases).startswith(f"warn {tmp_path}/lora-pipeline-gpus/GPU-1: cannot be opened")
 
 
 # services
@@ -559,7 +674,13 @@ def test_wrong_settings_are_said_and_the_rest_is_checked(capsys) -> None:
         doctor.main(["--only", "disc"])
 
 
+def test_only_what_is_always_looked_at(capsys) -> None:
+    assert [finding.name for finding in doctor.examine([], ["python"])] == ["python"]
+    assert [finding.name for finding in doctor.examine([], ["python", "settings"])] == ["python", "settings"]
+    assert [finding.name for finding in doctor.examine([], ["python", "text"])] == ["python", "settings", "text"]
+
+
 def test_checks_of_the_settings_bear_wrong_ones() -> None:
     checks = {check.name: check for check in doctor.table()}
-    for name in ("gpu", "disk", "base", "extras", "dvc cache", "room", "threads", "token"):
+    for name in ("gpu", "disk", "base", "extras", "dvc cache", "processes", "room", "threads", "token"):
         assert "the check itself broke" not in "".join(f.found for f in doctor.run(checks[name], Patient(None))), name

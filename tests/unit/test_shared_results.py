@@ -4,12 +4,15 @@ import contextlib
 import dataclasses
 import fcntl
 import multiprocessing
+import multiprocessing.synchronize
 import os
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import TextIO
 
 import pytest
 
@@ -98,6 +101,28 @@ def test_processes_at_once_wait_for_the_one_that_makes_it(tmp_path: Path) -> Non
     with multiprocessing.get_context("spawn").Pool(3) as pool:
         found = pool.map(_want, range(3), chunksize=1)
     assert found[0] == found[1] == found[2]
+    assert len(found[0]) == 1
+
+
+def _lock_as_on_nfs(both_share: multiprocessing.synchronize.Barrier) -> None:
+    """There flock is made of fcntl's locks, which keep the shared one while they wait for the exclusive one."""
+    met: list[bool] = []
+
+    def flock(file: TextIO, operation: int) -> None:
+        fcntl.lockf(file, operation)
+        if operation & fcntl.LOCK_SH and not met:
+            met.append(True)
+            both_share.wait(timeout=60)
+
+    setattr(fcntl, "flock", flock)  # noqa: B010
+
+
+def test_two_processes_that_share_a_lock_on_nfs_do_not_wait_for_ever(tmp_path: Path) -> None:
+    """On this machine's disk the kernel would see it: `OSError: Resource deadlock avoided`; on NFS nobody does."""
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(2, spawn, _lock_as_on_nfs, (spawn.Barrier(2),)) as pool:
+        found = list(pool.map(_want, range(2), timeout=120))
+    assert found[0] == found[1]
     assert len(found[0]) == 1
 
 
