@@ -1,12 +1,13 @@
 """Planned memory beside what a training really takes.
 
-    python -m benchmarks.memory                            # every configuration that this machine can do
+    python -m benchmarks.memory                    # every configuration that this machine can do
     python -m benchmarks.memory lora_fp32 full_32k --json memory.json
     python -m benchmarks.memory llama8b_qlora              # on a GPU
 
-Each configuration is a model of random weights and rows of random tokens, written to a folder. A process of its own runs
-`pipeline.finetuning.finetune` on it, as the train stage does: loading, checks, validation, two steps, saving. Measured is
-on a CPU the peak of the resident set above what it was after the imports, on a GPU `torch.cuda.max_memory_allocated`.
+Each configuration is a model of random weights and rows of random tokens, written to a folder. A process of its own
+runs `pipeline.finetuning.finetune` on it, as the train stage does: loading, checks, validation, two steps, saving.
+Measured is on a CPU the peak of the resident set above what it was after the imports, on a GPU
+`torch.cuda.max_memory_allocated`.
 """
 
 import argparse
@@ -48,15 +49,17 @@ from pipeline.schema import (
 )
 
 BASE: dict[str, Any] = {
-    "model_type": "llama", "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 8, "num_attention_heads": 16,
-    "num_key_value_heads": 4, "vocab_size": 32_000, "tie_word_embeddings": True, "max_position_embeddings": 4096,
+    "model_type": "llama", "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 8,
+    "num_attention_heads": 16, "num_key_value_heads": 4, "vocab_size": 32_000, "tie_word_embeddings": True,
+    "max_position_embeddings": 4096,
 }  # fmt: skip
 LLAMA_1B = BASE | {
     "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
     "num_key_value_heads": 8, "head_dim": 64, "vocab_size": 128_256,
 }  # fmt: skip
 LLAMA_8B = LLAMA_1B | {
-    "hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32, "head_dim": 128, "tie_word_embeddings": False,
+    "hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32, "head_dim": 128,
+    "tie_word_embeddings": False,
 }  # fmt: skip
 
 
@@ -120,8 +123,8 @@ WORKS = {
 }
 # under 1 GiB, for the quick tests
 SMALL = {
-    "small_lora": Work(LORA, BASE | {"num_hidden_layers": 2}, stored=FP32, rows=8),
-    "small_full": Work(FULL, BASE | {"num_hidden_layers": 1, "vocab_size": 16_000}, rows=4),
+    "small_lora": Work(LORA, BASE | {"num_hidden_layers": 4}, stored=FP32, rows=2, length=128),
+    "small_full": Work(FULL, BASE | {"num_hidden_layers": 1, "vocab_size": 16_000}, rows=1, length=128),
 }
 STEPS = 2
 SPLITS = {"train": STEPS, "validation": 2}  # rows of each, in micro-batches
@@ -162,8 +165,8 @@ def compare(name: str) -> dict[str, Any]:
     """Planned and measured peak, in bytes, their ratio, and the plan's parts."""
     work = (WORKS | SMALL)[name]
     with tempfile.TemporaryDirectory() as folder:
-        _in_process(name, "make", Path(folder))
-        found = _in_process(name, "measure", Path(folder))
+        make(work, Path(folder))
+        found = _in_process(name, Path(folder))
     memory = plan(work)
     return {
         "planned": memory.total,
@@ -174,11 +177,15 @@ def compare(name: str) -> dict[str, Any]:
     }
 
 
-def _in_process(name: str, what: str, folder: Path) -> Any:
-    code = f"from benchmarks import memory as m; import json, pathlib; works = m.WORKS | m.SMALL; print(json.dumps(m.{what}(works[{name!r}], pathlib.Path({str(folder)!r}))))"
+def _in_process(name: str, folder: Path) -> Any:
+    """What `measure` returns in a process of its own."""
+    code = f"work, folder = (m.WORKS | m.SMALL)[{name!r}], pathlib.Path({str(folder)!r})"
+    code = (
+        f"import json, pathlib; from benchmarks import memory as m; {code}; print(json.dumps(m.measure(work, folder)))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=1200, check=False)
     if done.returncode:
-        sys.exit(f"{name}: {what} failed\n{done.stdout[-2000:]}{done.stderr[-4000:]}")
+        sys.exit(f"{name}: failed\n{done.stdout[-2000:]}{done.stderr[-4000:]}")
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
@@ -187,8 +194,8 @@ def settings(work: Work, folder: Path) -> RunConfig:
     train = TrainConfig(
         method=work.method, seed=0, max_steps=STEPS, num_epochs=1.0, micro_batch_size=work.rows,
         gradient_accumulation_steps=work.accumulation, learning_rate=1e-3, lr_scheduler=Scheduler.constant,
-        warmup_ratio=0.0, optimizer=work.optimizer, weight_decay=0.0, adam_beta1=0.9, adam_beta2=0.999, adam_epsilon=1e-8,
-        max_grad_norm=1.0, spike_zscore=6.0, on_spike=OnSpike.log, mixed_precision=work.precision,
+        warmup_ratio=0.0, optimizer=work.optimizer, weight_decay=0.0, adam_beta1=0.9, adam_beta2=0.999,
+        adam_epsilon=1e-8, max_grad_norm=1.0, spike_zscore=6.0, on_spike=OnSpike.log, mixed_precision=work.precision,
         gradient_checkpointing=work.checkpointing, eval_steps=10**6, eval_max_rows=None, keep=Keep.best,
         early_stopping_patience=None,
     )  # fmt: skip
@@ -199,15 +206,13 @@ def settings(work: Work, folder: Path) -> RunConfig:
     lora = LoraConfig(16, 32.0, 0.0, "all_linear", False, False, Bias.none, Dtype.float32)
     keep = KeepQuantized.always if work.keeps else KeepQuantized.never
     runtime = RuntimeConfig(
-        device=work.device, num_threads=None, keep_quantized=keep, num_workers=1, progress=False, checkpoint_steps=10**6,
-        checkpoints_kept=1, on_misfit=OnMisfit.ignore, engine=Engine.ddp, num_processes=1, num_machines=1, machine_rank=0,
-        main_process_address=None, main_process_port=None, zero_stage=2, tracking=False, system_metrics=False,
-        inputs_dir=".", output_dir=".",
+        device=work.device, num_threads=None, keep_quantized=keep, num_workers=1, progress=False,
+        checkpoint_steps=10**6, checkpoints_kept=1, on_misfit=OnMisfit.ignore, engine=Engine.ddp, num_processes=1,
+        num_machines=1, machine_rank=0, main_process_address=None, main_process_port=None, zero_stage=2,
+        tracking=False, system_metrics=False, inputs_dir=".", output_dir=".",
     )  # fmt: skip
-    data = DataConfig(max_length=work.length)
-    rest = Config(
-        data, model, quantization, lora, train, EvaluateConfig(), MergeConfig(dtype=work.stored), GateConfig()
-    )
+    data, merge = DataConfig(max_length=work.length), MergeConfig(dtype=work.stored)
+    rest = Config(data, model, quantization, lora, train, EvaluateConfig(), merge, GateConfig())
     return RunConfig(**vars(rest), runtime=runtime)
 
 
@@ -250,8 +255,12 @@ def make(work: Work, folder: Path) -> None:
 
         quantize_model(model, config.quantization, torch.device(work.device.value))
         model.save_pretrained(folder / "quantized")
+    del model
+    torch.cuda.empty_cache()  # the training comes in another process
     for split, batches in SPLITS.items():
-        ids = np.random.default_rng(0).integers(3, work.shape["vocab_size"], (batches * work.rows * work.accumulation, work.length))
+        ids = np.random.default_rng(0).integers(
+            3, work.shape["vocab_size"], (batches * work.rows * work.accumulation, work.length)
+        )
         rows = [Example(f"made:{i}", row, np.ones(work.length, np.uint8), 0, "", []) for i, row in enumerate(ids)]
         write_split(folder / f"{split}.arrow", rows)
 

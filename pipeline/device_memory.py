@@ -1,12 +1,13 @@
-"""How much memory a device has free, and how the peak of a training compares with what was planned."""
+"""How much memory a device has, and has free, and how the peak of a training compares with what was planned."""
 
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
+
+from pipeline.launched import local_rank
 
 CGROUPS = Path("/sys/fs/cgroup")
 OWN_CGROUPS = Path("/proc/self/cgroup")
@@ -15,16 +16,35 @@ OWN_CGROUPS = Path("/proc/self/cgroup")
 def free_bytes(device: str) -> int:
     """Memory that this process can still take: of this process's GPU, or of the machine within its container's limits.
 
+    On a GPU its CUDA context is there already, and what torch holds in reserve counts as free.
+
     Args:
         device: `cuda` or `cpu`.
     """
     if device == "cuda":
-        return torch.cuda.mem_get_info(int(os.environ.get("LOCAL_RANK", "0")))[0]
-    return min([psutil.virtual_memory().available, *_cgroup_room()])
+        gpu = _gpu()
+        return torch.cuda.mem_get_info(gpu)[0] + torch.cuda.memory_reserved(gpu) - torch.cuda.memory_allocated(gpu)
+    return min([psutil.virtual_memory().available, *(room for _, room in _cgroup_limits())])
 
 
-def _cgroup_room() -> Iterator[int]:
-    """Bytes left below the memory limit of each cgroup that this process is in (v2 and v1); file cache counts as free.
+def total_bytes(device: str) -> int:
+    """All memory of this process's GPU, or of the machine within its container's limits, whoever holds it now.
+
+    Args:
+        device: `cuda` or `cpu`.
+    """
+    if device == "cuda":
+        return torch.cuda.mem_get_info(_gpu())[1]
+    return min([psutil.virtual_memory().total, *(limit for limit, _ in _cgroup_limits())])
+
+
+def _gpu() -> int:
+    """Number of this process's GPU; of the last one where there are too few: `select_device` says so."""
+    return min(local_rank(), torch.cuda.device_count() - 1)
+
+
+def _cgroup_limits() -> Iterator[tuple[int, int]]:
+    """The memory limit of each cgroup of this process (v2 and v1), and the bytes left; file cache counts as free.
 
     Inside a container `/proc/self/cgroup` may name paths of the host that are not mounted; then only the root is there.
     """
@@ -41,7 +61,7 @@ def _cgroup_room() -> Iterator[int]:
         for group in [folder, *folder.parents]:
             if (group / limit).is_file() and (most := (group / limit).read_text().strip()) != "max":
                 counts = dict(row.split() for row in (group / "memory.stat").read_text().splitlines())
-                yield max(0, int(most) - int((group / used).read_text()) + int(counts.get(cache, 0)))
+                yield int(most), max(0, int(most) - int((group / used).read_text()) + int(counts.get(cache, 0)))
             if group == root:
                 break
 

@@ -15,7 +15,9 @@ def check_fit(config: RunConfig, processed: Path | None = None) -> None:
     """Stops, or warns, as `runtime.on_misfit` says, where the training is planned to take more memory than is free.
 
     Args:
-        processed: the folder of processed data; None before there is one: rows are counted as `data.max_length`.
+        processed: the folder of processed data; None before there is one: rows are counted as `data.max_length`, all
+            of the device's memory counts as free, and without a `runtime.device` it only warns: another machine may
+            be meant.
 
     Raises:
         ConfigError: it cannot fit, or settings that the model does not have; says what would fit.
@@ -28,7 +30,7 @@ def check_fit(config: RunConfig, processed: Path | None = None) -> None:
 def planned_bytes(config: RunConfig, processed: Path) -> int | None:
     """The planned peak of one process above what is taken before the base is loaded, for the rows that there are.
 
-    None with `runtime.on_misfit=ignore`, or for a model whose forward cannot be followed without data (logged).
+    None with `runtime.on_misfit=ignore`, or where no plan could be made (logged); it raises nothing.
     """
     planned: int | None = None
     if config.runtime.on_misfit is not OnMisfit.ignore:

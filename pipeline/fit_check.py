@@ -10,19 +10,26 @@ import torch
 
 from pipeline.architecture import Architecture, read_architecture
 from pipeline.dataset import load_split
-from pipeline.device_memory import free_bytes
+from pipeline.device_memory import free_bytes, total_bytes
 from pipeline.errors import ConfigError, ModelError, PipelineError
-from pipeline.memory import Setup, plan_memory, setup_of, smallest, usable_bytes
+from pipeline.memory import (
+    CUDA_CONTEXT_BYTES,
+    Setup,
+    keeps_quantized,
+    plan_memory,
+    setup_of,
+    smallest,
+    usable_bytes,
+)
 from pipeline.model_files import model_folder
 from pipeline.modeling import load_config
-from pipeline.plan_cards import CARDS
-from pipeline.plan_columns import Totals
+from pipeline.plan_cards import smallest_size
+from pipeline.plan_columns import Totals, rows_a_process
 from pipeline.plan_models import sizes
 from pipeline.quantized_layers import FOUR_BIT
 from pipeline.runtime import torch_dtype
 from pipeline.schema import (
     Device,
-    KeepQuantized,
     OnMisfit,
     Optimizer,
     QuantizationMethod,
@@ -45,47 +52,67 @@ def device_type(runtime: RuntimeConfig) -> str:
 def check_fit(config: RunConfig, processed: Path | None) -> None:
     """See `pipeline.fit.check_fit`.
 
-    What the engine does by itself when memory runs out (`memory.smallest`) is no misfit: there it warns. Before there
-    are processed data, the base has to be quantised yet, for which it is held whole: that is looked at, too.
+    What the engine does by itself when memory runs out (`memory.smallest`) is no misfit: there it warns. Of several
+    processes none does. Before there are processed data, the base has to be quantised yet, for which it is held whole:
+    that is looked at, too.
     """
     runtime = config.runtime
     device = device_type(runtime)
     if device == "cuda" and not torch.cuda.is_available():
         logger.info("fit: no GPU here (runtime.device=cuda): whether the training fits is checked where it runs")
         return
+    try:
+        problem, warning = _findings(config, processed, device)
+    except PipelineError:
+        raise
+    except Exception as error:  # a plan is no reason for a training not to run
+        logger.warning("fit: not planned, so not checked: %s", _reason(error))
+        return
+    if problem is not None and processed is None and runtime.device is Device.auto:
+        logger.warning("%s\nThis machine may not be the one that trains: going on.", problem)
+    elif problem is not None and runtime.on_misfit is OnMisfit.fail:
+        raise ConfigError(problem)
+    elif problem or warning:
+        logger.warning("%s", problem or warning)
+
+
+def _findings(config: RunConfig, processed: Path | None, device: str) -> tuple[str | None, str | None]:
+    """What keeps the training from running, and else what is to be said; None: nothing."""
     architecture = _architecture(config)
-    capacity = capacity_bytes(runtime, device)
+    capacity = capacity_bytes(config.runtime, device, is_now=processed is not None)
     length = longest_row(processed) if processed else config.data.max_length
     setup = _setup(config, architecture, device, length, capacity)
     usable = usable_bytes(capacity, device)
     try:
         planned = plan_memory(architecture, setup).total
-        is_misfit = planned > usable and plan_memory(architecture, smallest(setup)).total > usable
+        least = planned
+        if planned > usable and setup.num_processes == 1:
+            least = plan_memory(architecture, smallest(setup)).total
+        problem = None if processed else _loading_problem(config, architecture, device)
+        if least > usable:
+            problem = _misfit(architecture, setup, capacity, is_now=processed is not None)
+        warning = _squeezed(architecture, setup, planned, usable) if planned > usable >= least else None
     except ModelError as error:
         logger.warning("fit: not planned, so not checked: %s", error)
-        return
-    problem = None if processed else _loading_problem(config, architecture, device)
-    if is_misfit:
-        problem = _misfit(architecture, setup, capacity)
-    if problem is not None and runtime.on_misfit is OnMisfit.fail:
-        raise ConfigError(problem)
-    if problem is not None:
-        logger.warning("%s", problem)
-    elif planned > usable:
-        logger.warning("%s", _squeezed(architecture, setup, planned, usable))
+        return None, None
+    return problem, warning
 
 
 def planned_bytes(config: RunConfig, processed: Path) -> int | None:
-    """See `pipeline.fit.planned_bytes`."""
-    device = device_type(config.runtime)
-    architecture = _architecture(config)
-    capacity = capacity_bytes(config.runtime, device)
-    setup = _setup(config, architecture, device, fullest_length(config, processed), capacity)
+    """See `pipeline.fit.planned_bytes`. Raises nothing: the training is done when it is asked for."""
     try:
+        device = device_type(config.runtime)
+        architecture = _architecture(config)
+        capacity = capacity_bytes(config.runtime, device)
+        setup = _setup(config, architecture, device, fullest_length(config, processed), capacity)
         return plan_memory(architecture, setup).total
-    except ModelError as error:
-        logger.warning("no planned memory: %s", error)
+    except Exception as error:
+        logger.warning("no planned memory: %s", _reason(error))
         return None
+
+
+def _reason(error: Exception) -> str:
+    return str(error) if isinstance(error, PipelineError) else f"{type(error).__name__}: {error}"
 
 
 def longest_row(processed: Path) -> int:
@@ -100,14 +127,16 @@ def fullest_length(config: RunConfig, processed: Path) -> int:
     fullest = 1
     for step in range(min(STEPS_LOOKED_AT, num_steps(train, len(split)))):
         rows = rows_of_step(len(split), rows_a_step, train.seed, step)
-        for piece in micro_batch_rows(split, rows, train.micro_batch_size):
+        for piece in micro_batch_rows(split, rows, train.micro_batch_size, config.runtime.num_processes):
             fullest = max(fullest, int(split.lengths[piece].sum()))
-    return math.ceil(fullest / train.micro_batch_size)
+    return math.ceil(fullest / rows_a_process(config))
 
 
-def capacity_bytes(runtime: RuntimeConfig, device: str) -> int:
-    """Memory that is free for one process: of its GPU, or its share of the machine's."""
-    return free_bytes(device) // (1 if device == "cuda" else max(1, runtime.num_processes // runtime.num_machines))
+def capacity_bytes(runtime: RuntimeConfig, device: str, is_now: bool = True) -> int:
+    """Memory for one process, of its GPU or its share of the machine's: what is free now, or would be with all free."""
+    if device == "cuda":
+        return free_bytes(device) if is_now else max(0, total_bytes(device) - CUDA_CONTEXT_BYTES)
+    return (free_bytes if is_now else total_bytes)(device) // max(1, runtime.num_processes // runtime.num_machines)
 
 
 def _architecture(config: RunConfig) -> Architecture:
@@ -117,17 +146,15 @@ def _architecture(config: RunConfig) -> Architecture:
 
 
 def _setup(config: RunConfig, architecture: Architecture, device: str, length: int, capacity: int) -> Setup:
-    """As configured, with the base kept in few bits where `load_training_base` would."""
-    keep, quantization = config.runtime.keep_quantized, config.quantization
-    if config.train.method is not TrainMethod.qlora or keep is KeepQuantized.never:
-        keeps = False
-    elif keep is KeepQuantized.always:
-        keeps = True
-    else:
+    """As configured, with the rows that one process takes, and the base kept in few bits where training would."""
+    quantization, keeps = config.quantization, False
+    if config.train.method is TrainMethod.qlora:
         dequantized = architecture.num_parameters * torch_dtype(quantization.compute_dtype).itemsize
-        keeps = device == "cuda" and quantization.method in FOUR_BIT and dequantized > capacity / 2
+        decided = keeps_quantized(config.runtime, quantization.method, device)
+        keeps = dequantized > capacity / 2 if decided is None else decided
     length = min(length, architecture.max_context or length)
-    return setup_of(config, device, length=length, keeps_quantized=keeps)
+    setup = setup_of(config, device, length=length, keeps_quantized=keeps)
+    return replace(setup, micro_batch_size=rows_a_process(config))
 
 
 def _loading_problem(config: RunConfig, architecture: Architecture, device: str) -> str | None:
@@ -135,39 +162,46 @@ def _loading_problem(config: RunConfig, architecture: Architecture, device: str)
     if config.quantization.method is QuantizationMethod.none:
         return None
     needed = architecture.num_parameters * torch_dtype(config.model.dtype).itemsize
-    free = max(free_bytes("cpu"), free_bytes(device))
-    if needed <= free:
+    there = max(total_bytes("cpu"), total_bytes(device))
+    if needed <= there:
         return None
     return (
-        f"model: {architecture.name} takes {_gb(needed)} in {config.model.dtype} while it is quantised, and "
-        f"{_gb(free)} are free here. Quantise it on a machine with more memory (`dvc repro quantize` there, then "
+        f"model: {architecture.name} takes {_gb(needed)} in {config.model.dtype} while it is quantised, and this "
+        f"machine has {_gb(there)}. Quantise it on a machine with more memory (`dvc repro quantize` there, then "
         "`dvc push`), or take a smaller model. runtime.on_misfit=warn goes on all the same."
     )
 
 
-def _misfit(architecture: Architecture, setup: Setup, capacity: int) -> str:
-    memory = plan_memory(architecture, smallest(setup))
+def _misfit(architecture: Architecture, setup: Setup, capacity: int, is_now: bool) -> str:
+    usable, least = usable_bytes(capacity, setup.device), smallest(setup)
+    memory = plan_memory(architecture, least)
+    if memory.total <= usable:  # several processes do not come down to it by themselves
+        memory = plan_memory(architecture, setup)
+        how = f"{setup.micro_batch_size} rows of {setup.length} tokens at a time in each process"
+        remedies = [_smaller(setup, _fitting(architecture, setup, usable))]
+    else:
+        how = f"one row of {setup.length} tokens at a time and activations recomputed"
+        remedies = list(_remedies(architecture, least, capacity))
     parts = {"weights": memory.weights + memory.scales, "adapter": memory.adapter, "gradients": memory.gradients}
     parts |= {"optimizer": memory.optimizer, "activations, logits and workspace": memory.total - memory.states}
     listing = ", ".join(f"{name} {_gb(size)}" for name, size in parts.items() if size > 0)
     where = f"{torch.cuda.get_device_name()} has" if setup.device == "cuda" else "this machine has"
-    remedies = list(_remedies(architecture, setup, capacity)) or ["nothing that one change would reach"]
-    listed = "\n".join(f"  {line}" for line in remedies)
+    listed = "\n".join(f"  {line}" for line in remedies or ["nothing that one change would reach"])
     return (
-        f"the training cannot fit: {_gb(memory.total)} are planned with one row of {setup.length} tokens at a time and "
-        f"activations recomputed ({listing}); {where} {_gb(capacity)} free for it. What would fit:\n{listed}\n"
+        f"the training cannot fit: {_gb(memory.total)} are planned with {how} ({listing}); {where} {_gb(capacity)} "
+        f"{'free for it' if is_now else 'for it'}. What would fit:\n{listed}\n"
         "`python -m pipeline.plan` with the same settings shows all of it. runtime.on_misfit=warn goes on all the same."
     )
 
 
-def _remedies(architecture: Architecture, setup: Setup, capacity: int) -> Iterator[str]:
+def _remedies(architecture: Architecture, least: Setup, capacity: int) -> Iterator[str]:
     """Each change that is enough alone, and what it takes."""
-    usable, least = usable_bytes(capacity, setup.device), smallest(setup)
-    eight_bit = replace(setup.train, optimizer=Optimizer.paged_adamw_8bit)
-    nf4 = replace(setup.quantization, method=QuantizationMethod.nf4, double_quant=True)
+    usable = usable_bytes(capacity, least.device)
+    eight_bit = replace(least.train, optimizer=Optimizer.paged_adamw_8bit)
+    nf4 = replace(least.quantization, method=QuantizationMethod.nf4, double_quant=True)
     kept = replace(least, method=TrainMethod.qlora, quantization=nf4, keeps_quantized=True)
     changes = {"train.optimizer=paged_adamw_8bit": replace(least, train=eight_bit)}
-    if setup.method is TrainMethod.qlora and setup.quantization.method in FOUR_BIT:
+    if least.method is TrainMethod.qlora and least.quantization.method in FOUR_BIT:
         changes["runtime.keep_quantized=always"] = replace(least, keeps_quantized=True)
     else:
         changes["train.method=qlora quantization=nf4 runtime.keep_quantized=always"] = kept
@@ -188,29 +222,40 @@ def _remedies(architecture: Architecture, setup: Setup, capacity: int) -> Iterat
             yield f"a smaller model, such as one of the size of {size.name} ({_gb(total)})"
             break
     needed = plan_memory(architecture, replace(least, device="cuda")).total
-    cards = [card.gigabytes for card in CARDS if usable_bytes(int(card.gigabytes * 1e9), "cuda") >= needed]
-    if cards:
-        yield f"a card of {min(cards):g} GB"
+    card = smallest_size(needed)
+    if card is not None:
+        yield f"a card of {card:g} GB"
 
 
 def _squeezed(architecture: Architecture, setup: Setup, planned: int, usable: int) -> str:
-    """What will come of a micro-batch that is too large, found as `Trainer.take_less_memory` finds it."""
-    fitting = setup
-    while plan_memory(architecture, fitting).total > usable and fitting != smallest(fitting):
-        if fitting.micro_batch_size > 1:
-            fitting = replace(fitting, micro_batch_size=math.ceil(fitting.micro_batch_size / 2))
+    """What will come of a micro-batch that is too large."""
+    fitting = _fitting(architecture, setup, usable)
+    start = f"{_gb(planned)} are planned for train.micro_batch_size={setup.micro_batch_size}, {_gb(usable)} are free: "
+    if setup.device == "cuda" and setup.num_processes == 1:
+        recomputes = fitting.gradient_checkpointing and not setup.gradient_checkpointing
+        how = f"micro-batches of {fitting.micro_batch_size}" + (" with activations recomputed" if recomputes else "")
+        return start + f"when memory runs out, {how} will be used, with the same result"
+    return start + f"Linux may end the training when memory runs out; set {_smaller(setup, fitting)}"
+
+
+def _fitting(architecture: Architecture, setup: Setup, usable: int) -> Setup:
+    """The largest that fits, found as `Trainer.take_less_memory` finds it; `smallest` where none does."""
+    while plan_memory(architecture, setup).total > usable and setup != smallest(setup):
+        if setup.micro_batch_size > 1:
+            setup = replace(setup, micro_batch_size=math.ceil(setup.micro_batch_size / 2))
         else:
-            fitting = replace(fitting, gradient_checkpointing=True)
-    train, size = setup.train, fitting.micro_batch_size
-    steps = math.ceil(train.gradient_accumulation_steps * train.micro_batch_size / size)
-    remedy = f"train.micro_batch_size={size} train.gradient_accumulation_steps={steps}"
+            setup = replace(setup, gradient_checkpointing=True)
+    return setup
+
+
+def _smaller(setup: Setup, fitting: Setup) -> str:
+    """The overrides for it; as many rows a step as before."""
+    rows_a_step = setup.train.micro_batch_size * setup.train.gradient_accumulation_steps
+    size = next(n for n in range(fitting.micro_batch_size, 0, -1) if rows_a_step % n == 0)
+    remedy = f"train.micro_batch_size={size} train.gradient_accumulation_steps={rows_a_step // size}"
     if fitting.gradient_checkpointing and not setup.gradient_checkpointing:
         remedy += " train.gradient_checkpointing=true"
-    start = f"{_gb(planned)} are planned for train.micro_batch_size={setup.micro_batch_size}, {_gb(usable)} are free: "
-    if setup.device == "cuda":
-        recomputed = " with activations recomputed" if "checkpointing" in remedy else ""
-        return start + f"when memory runs out, micro-batches of {size}{recomputed} will be used, with the same result"
-    return start + f"Linux may end the training when memory runs out; set {remedy}, which gives the same result"
+    return f"{remedy}, which gives the same result"
 
 
 def _gb(num_bytes: float) -> str:

@@ -7,19 +7,17 @@ not seen.
 """
 
 import copy
-import weakref
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, PreTrainedModel
 
 from pipeline import packing, row_attention
@@ -27,14 +25,13 @@ from pipeline.architecture import Architecture, meta_model
 from pipeline.batching import Batch
 from pipeline.errors import ModelError
 from pipeline.fused_lora import fused_lora
+from pipeline.live_bytes import LiveBytes
 from pipeline.lora import attach_lora
 from pipeline.losses import CHUNK_ELEMENTS, ForwardPlan, supervised_loss
+from pipeline.memory_setup import Setup
 from pipeline.memory_states import base_dtype
 from pipeline.runtime import torch_dtype
 from pipeline.schema import Attention, QuantizationMethod, TrainMethod
-
-if TYPE_CHECKING:
-    from pipeline.memory import Setup
 
 TRACED_CHUNKS = 6  # of the loss
 CUDA_ATTENTION = "simulated_cuda"
@@ -57,7 +54,7 @@ class StepMemory:
     validation: int
 
 
-def simulate_step(architecture: Architecture, setup: "Setup", accumulates: bool) -> StepMemory:
+def simulate_step(architecture: Architecture, setup: Setup, accumulates: bool) -> StepMemory:
     """The memory of one micro-batch of `setup.micro_batch_size` rows of `setup.length` tokens, all supervised.
 
     Args:
@@ -68,15 +65,18 @@ def simulate_step(architecture: Architecture, setup: "Setup", accumulates: bool)
     """
     period = _period(architecture)
     num_layers = min(architecture.num_layers, 2 * period + 1)
-    model = _small_model(architecture, setup, num_layers)
     more = architecture.num_layers - num_layers
     try:
-        trace = _trace_step(model, setup, num_layers, accumulates)
-        validation = _trace_validation(model, setup)
-    except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
+        try:
+            model, trace, validation = _trace(
+                architecture, setup, num_layers, accumulates, setup.attention is not Attention.eager
+            )
+        except (NotImplementedError, TypeError, ValueError, RuntimeError):  # then packing.packed_attention pads
+            model, trace, validation = _trace(architecture, setup, num_layers, accumulates, packs=False)
+    except (NotImplementedError, TypeError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ModelError(
-            f"{architecture.name}: its memory cannot be planned: the forward needs data "
+            f"{architecture.name}: its memory cannot be planned: its forward cannot be followed without data "
             f"({type(error).__name__}: {reason}). Set runtime.on_misfit=ignore to train without a plan."
         ) from None
     num_tokens = setup.micro_batch_size * setup.length
@@ -110,53 +110,13 @@ class _Trace:
     rest: int = 0
 
 
-class _LiveBytes(TorchDispatchMode):
-    """Counts the storages that operations make, until nothing holds them; to `nonzero` every token is supervised."""
-
-    def __init__(self, parameters: Iterator[torch.Tensor], most_supervised: int):
-        super().__init__()
-        self.most_supervised = most_supervised  # a thousand chunks of the loss would show no more than a few
-        self.live = self.peak = 0
-        self.sums_in_place = False  # what autograd adds up in place; for fake tensors it would make a new one
-        self._sizes = {tensor.untyped_storage()._cdata: 0 for tensor in parameters}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten.nonzero.default:
-            num_found = min(args[0].numel(), self.most_supervised)
-            output = args[0].new_empty((num_found, args[0].ndim), dtype=torch.int64)
-        elif func is torch.ops.aten.add.Tensor and self.sums_in_place and not torch.is_grad_enabled():
-            output = torch.ops.aten.alias.default(args[0])
-        else:
-            output = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(output):
-            if isinstance(leaf, torch.Tensor):
-                self._add(leaf.untyped_storage())
-        return output
-
-    def _add(self, storage: torch.UntypedStorage) -> None:
-        key = storage._cdata
-        if key not in self._sizes:
-            self._sizes[key] = storage.nbytes()
-            self.live += storage.nbytes()
-            self.peak = max(self.peak, self.live)
-            weakref.finalize(storage, self._drop, key)
-
-    def _drop(self, key: int) -> None:
-        self.live -= self._sizes.pop(key)
-
-    def take_peak(self) -> int:
-        """The peak since this was asked last."""
-        peak, self.peak = self.peak, self.live
-        return peak
-
-
 def _period(architecture: Architecture) -> int:
     """Layers after which their kinds repeat."""
     kinds = getattr(architecture.config, "layer_types", None) or ["same"]
     return next(n for n in range(1, len(kinds) + 1) if all(a == b for a, b in zip(kinds, kinds[n:], strict=False)))
 
 
-def _small_model(architecture: Architecture, setup: "Setup", num_layers: int) -> PreTrainedModel:
+def _small_model(architecture: Architecture, setup: Setup, num_layers: int) -> PreTrainedModel:
     """The model of that many layers with its adapter, its weights without memory."""
     config = copy.deepcopy(architecture.config)
     for name, value in vars(config).items():
@@ -168,12 +128,15 @@ def _small_model(architecture: Architecture, setup: "Setup", num_layers: int) ->
     if setup.method is TrainMethod.full:
         model.requires_grad_(True)
     else:
-        with torch.device("meta"):
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # between peft and transformers
             model = attach_lora(model.requires_grad_(False), setup.lora)
     _give_fake_tensors(model)
     if setup.gradient_checkpointing:
-        options = {"use_reentrant": False}
-        packing.inner_model(model).gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            options = {"use_reentrant": False}
+            packing.inner_model(model).gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
     return model
 
 
@@ -191,22 +154,21 @@ def _give_fake_tensors(model: nn.Module) -> None:
     model.__dict__["fake_mode"] = mode
 
 
-def _batch(setup: "Setup", num_rows: int) -> Batch:
+def _batch(setup: Setup, num_rows: int) -> Batch:
     shape = (num_rows, setup.length)
     ids, mask = torch.empty(shape, dtype=torch.int64), torch.empty(shape, dtype=torch.bool)
     return Batch(ids, mask, attention_mask=torch.empty(shape, dtype=torch.int64), max_length=setup.length)
 
 
 @contextmanager
-def _forwards(model: Any, setup: "Setup") -> Iterator[tuple[_LiveBytes, ForwardPlan]]:
+def _forwards(model: Any, setup: Setup, packs: bool) -> Iterator[tuple[LiveBytes, ForwardPlan]]:
     """Everything as the engine sets it for forwards of this setup."""
     inner = packing.inner_model(model)
-    packs = setup.attention is not Attention.eager
     inner.config._attn_implementation = str(setup.attention)
     if packs:
         inner.config._attn_implementation = packing.NAME if setup.device == "cpu" else CUDA_ATTENTION
     is_int8 = setup.keeps_quantized and setup.quantization.method is QuantizationMethod.int8
-    counter = _LiveBytes(model.parameters(), _most_supervised(inner.config.vocab_size))
+    counter = LiveBytes(model.parameters(), _most_supervised(inner.config.vocab_size))
     row_attention._causal_mask.cache_clear()  # masks with data are of no use here, and those without of none after it
     try:
         with model.fake_mode, nullcontext() if is_int8 else fused_lora(model), counter:
@@ -219,18 +181,26 @@ def _most_supervised(vocab_size: int) -> int:
     return TRACED_CHUNKS * max(1, CHUNK_ELEMENTS // vocab_size)
 
 
-def _autocast(setup: "Setup") -> Any:
+def _autocast(setup: Setup) -> Any:
     precision = setup.train.mixed_precision
     return torch.autocast("cpu", torch_dtype(precision)) if precision else nullcontext()
 
 
-def _trace_step(model: Any, setup: "Setup", num_layers: int, accumulates: bool) -> _Trace:
+def _trace(
+    architecture: Architecture, setup: Setup, num_layers: int, accumulates: bool, packs: bool
+) -> tuple[Any, _Trace, int]:
+    """The small model, its step, and the most of a validation."""
+    model = _small_model(architecture, setup, num_layers)
+    return model, _trace_step(model, setup, num_layers, accumulates, packs), _trace_validation(model, setup, packs)
+
+
+def _trace_step(model: Any, setup: Setup, num_layers: int, accumulates: bool, packs: bool) -> _Trace:
     inner = packing.inner_model(model)
     layers = next(n for n, m in inner.named_modules() if isinstance(m, nn.ModuleList) and len(m) == num_layers)
     prefix = next(name for name, module in model.named_modules() if module is inner)
     trace = _Trace(f"{prefix}.{layers}".lstrip("."), [])
     model.train()
-    with _forwards(model, setup) as (counter, plan):
+    with _forwards(model, setup, packs) as (counter, plan):
         if accumulates:
             for parameter in model.parameters():
                 parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
@@ -250,7 +220,7 @@ def _trace_step(model: Any, setup: "Setup", num_layers: int, accumulates: bool) 
     return trace
 
 
-def _entry(trace: _Trace, counter: _LiveBytes, num_layers: int) -> Any:
+def _entry(trace: _Trace, counter: LiveBytes, num_layers: int) -> Any:
     def note(module: nn.Module, args: Any, *_: Any) -> None:
         if len(trace.entries) == num_layers:
             return  # computed again for the backward pass
@@ -261,7 +231,7 @@ def _entry(trace: _Trace, counter: _LiveBytes, num_layers: int) -> Any:
     return note
 
 
-def _end_of_decoder(trace: _Trace, counter: _LiveBytes) -> Any:
+def _end_of_decoder(trace: _Trace, counter: LiveBytes) -> Any:
     def note(module: nn.Module, args: Any, *_: Any) -> None:
         if trace.saved:
             return  # a chunk of the loss
@@ -272,9 +242,9 @@ def _end_of_decoder(trace: _Trace, counter: _LiveBytes) -> Any:
     return note
 
 
-def _trace_validation(model: Any, setup: "Setup") -> int:
+def _trace_validation(model: Any, setup: Setup, packs: bool) -> int:
     model.eval()
-    with _forwards(model, setup) as (counter, plan), torch.no_grad(), _autocast(setup):
+    with _forwards(model, setup, packs) as (counter, plan), torch.no_grad(), _autocast(setup):
         supervised_loss(model, _batch(setup, 2 * setup.micro_batch_size), plan)
         return counter.take_peak()
 
@@ -298,6 +268,8 @@ def _cuda_attention(
     In float32 with groups of query heads none of them is taken, and all scores are kept: the memory-efficient kernel
     knows no groups, flash attention and cuDNN's no float32 (torch's sdp_utils.cpp).
     """
+    if any(others.get(name) is not None for name in packing.UNKNOWN):
+        raise NotImplementedError("as packed_sdpa")
     has_groups = query.shape[1] != key.shape[1]
     is_float32 = query.dtype is torch.float32 and not torch.is_autocast_enabled("cpu")
     with sdpa_kernel(SDPBackend.MATH) if has_groups and is_float32 else nullcontext():

@@ -1,16 +1,13 @@
 """Bytes of what lies in memory for good while training: weights, scales, adapter, gradients, optimizer states."""
 
 import math
-from typing import TYPE_CHECKING
 
 from pipeline.architecture import Architecture, LinearLayer
 from pipeline.lora import resolve_target_modules
+from pipeline.memory_setup import Setup
 from pipeline.quantized_layers import FOUR_BIT, linear_names
 from pipeline.runtime import torch_dtype
 from pipeline.schema import Bias, Dtype, LoraConfig, Optimizer, QuantizationConfig, TrainMethod
-
-if TYPE_CHECKING:
-    from pipeline.memory import Setup
 
 # bitsandbytes 0.50: functional.quantize_4bit, functional.create_quant_map, optim.optimizer.Optimizer2State
 NESTED_BLOCK = 256  # scales that share one scale where they are quantized too
@@ -25,23 +22,23 @@ def num_bytes(dtype: Dtype) -> int:
     return torch_dtype(dtype).itemsize
 
 
-def base_dtype(setup: "Setup") -> Dtype:
+def base_dtype(setup: Setup) -> Dtype:
     """Of what is not held in few bits: float32 with method full, as `load_training_base` loads it."""
     if setup.method is TrainMethod.full:
         return Dtype.float32
     return setup.quantization.compute_dtype if setup.method is TrainMethod.qlora else setup.model_dtype
 
 
-def base_bytes(architecture: Architecture, setup: "Setup") -> tuple[int, int]:
+def base_bytes(architecture: Architecture, setup: Setup) -> tuple[int, int]:
     """Weights, and the scales of those that are held in few bits.
 
     Raises:
         ConfigError: see `linear_names`.
     """
     width = num_bytes(base_dtype(setup))
-    if setup.method is not TrainMethod.qlora or not setup.keeps_quantized:
+    layers = quantized_linear(architecture, setup.quantization) if setup.method is TrainMethod.qlora else []
+    if not setup.keeps_quantized or not layers:
         return architecture.num_parameters * width, 0
-    layers = quantized_linear(architecture, setup.quantization)
     weights = width * (architecture.num_parameters - sum(layer.num_weights for layer in layers))
     codes, scales = quantized_bytes(layers, setup.quantization)
     return weights + codes, scales
@@ -84,14 +81,14 @@ def adapter_tensors(architecture: Architecture, lora: LoraConfig) -> list[int]:
     return tensors
 
 
-def trainable_tensors(architecture: Architecture, setup: "Setup") -> list[int]:
+def trainable_tensors(architecture: Architecture, setup: Setup) -> list[int]:
     """Number of weights of each tensor that trains."""
     if setup.method is TrainMethod.full:
         return [p.numel() for p in architecture.model.parameters()]
     return adapter_tensors(architecture, setup.lora)
 
 
-def trainable_dtype(setup: "Setup") -> Dtype:
+def trainable_dtype(setup: Setup) -> Dtype:
     return Dtype.float32 if setup.method is TrainMethod.full else setup.lora.adapter_dtype
 
 
@@ -108,3 +105,12 @@ def optimizer_bytes(tensors: list[int], dtype: Dtype, optimizer: Optimizer, devi
             scales = 4 * math.ceil(n / OPTIMIZER_BLOCK)
             total += 2 * (scales + (0 if is_paged and n >= SMALLEST_PAGED else n))
     return total
+
+
+def update_bytes(tensors: list[int], optimizer: Optimizer) -> int:
+    """What an update adds for a moment on a CPU.
+
+    bitsandbytes' 8-bit update is written in torch there: both states, the gradient and two steps to the denominator in
+    float32, a tensor at a time. torch's fused AdamW makes nothing.
+    """
+    return 0 if optimizer is Optimizer.adamw else 5 * 4 * max(tensors)

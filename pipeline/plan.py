@@ -39,7 +39,8 @@ class Plan:
 
     Attributes:
         device: `cpu` or `cuda`; `device_source` says which one that is, `has_bfloat16` whether it computes in it.
-        usable_bytes: of `capacity_bytes`, for tensors.
+        capacity_bytes: free beside driver and CUDA context; `usable_bytes` of them for tensors.
+        micro_batch_size: of one process.
         configured: the column that the settings ask for.
         num_tokens: of the whole training; None where the rows are not known.
         rate: None where no FLOP rate is known; then `seconds_by_card` has the times of known cards of that size.
@@ -86,6 +87,7 @@ def make_plan(
         ModelError: see `find_model`, `read_architecture`.
     """
     composed = compose(overrides, "run")
+    configured_model = composed.model.hub_id or composed.model.path
     found = find_model(composed, model)
     config = to_settings(composed)
     architecture = read_architecture(found.config, found.name, config.model.trust_remote_code)
@@ -95,8 +97,10 @@ def make_plan(
     if tflops is not None and (measure or tflops <= 0):
         raise ConfigError(f"--tflops: {tflops:g}; give a number over 0, and no --measure beside it.")
     device = "cuda" if card else device_type(config.runtime)
-    capacity = int(card.gigabytes * 1e9) if card else free_bytes(device)
-    workload = read_workload(config, Path(config.runtime.inputs_dir) / PROCESSED)
+    capacity = card.free_bytes if card else free_bytes(device)
+    workload = read_workload(
+        config, Path(config.runtime.inputs_dir) / PROCESSED, None if model is None else configured_model
+    )
     rate = _rate(architecture, card, tflops, device if measure else None)
     columns, grid = make_tables(architecture, config, device, capacity, workload, rate)
     configured, tokens = configured_name(config), workload.num_tokens(config)
@@ -108,7 +112,7 @@ def make_plan(
         device_source=_device_source(card, device),
         capacity_bytes=capacity,
         usable_bytes=usable_bytes(capacity, device),
-        micro_batch_size=config.train.micro_batch_size,
+        micro_batch_size=columns[configured].setup.micro_batch_size,
         length=config.data.max_length,
         settings=_settings(config),
         configured=configured,
@@ -153,7 +157,8 @@ def _seconds_by_card(
 
 def _device_source(card: Card | None, device: str) -> str:
     if card is not None:
-        return f"a card of {card.name}" if card.tflops is None else f"{card.name} (data sheet)"
+        what = f"a card of {card.name}" if card.tflops is None else f"{card.name} (data sheet)"
+        return f"{what}, beside the CUDA context"
     if device == "cuda":
         return f"{torch.cuda.get_device_name()}, free now"
     return "this machine's CPU (torch finds no GPU; --gpu 24GB plans for a card), memory free now"

@@ -4,8 +4,8 @@ from dataclasses import dataclass, replace
 
 from pipeline.architecture import Architecture
 from pipeline.memory import Setup, plan_memory, usable_bytes
-from pipeline.plan_cards import CARDS
-from pipeline.plan_columns import Column
+from pipeline.plan_cards import smallest_size
+from pipeline.plan_columns import Column, rows_a_process
 from pipeline.plan_time import Workload
 from pipeline.schema import Dtype, RunConfig, TrainMethod
 
@@ -86,16 +86,17 @@ def _in_16_bits(column: Column, config: RunConfig, has_bfloat16: bool) -> Column
 
 def _fitting(architecture: Architecture, column: Column, limit: float) -> Setup | None:
     """The setup nearest to the configured one of at most `limit` bytes: smaller micro-batches, then recomputing."""
-    configured, rows_a_step = column.setup, column.setup.micro_batch_size
-    sizes = [size for size in range(rows_a_step, 0, -1) if rows_a_step % size == 0]
-    kept = [size for size in sizes if size == rows_a_step or size * configured.length >= WORTHWHILE_TOKENS]
+    configured, rows = column.setup, column.setup.micro_batch_size
+    rows_a_step = configured.train.micro_batch_size * configured.train.gradient_accumulation_steps
+    sizes = [size for size in range(rows, 0, -1) if size == rows or rows_a_step % size == 0]
+    kept = [size for size in sizes if size == rows or size * configured.length >= WORTHWHILE_TOKENS]
     options = [replace(configured, micro_batch_size=size) for size in kept]
     options += [replace(configured, micro_batch_size=size, gradient_checkpointing=True) for size in sizes]
     return next((setup for setup in options if plan_memory(architecture, setup).total <= limit), None)
 
 
 def _as(setup: Setup, config: RunConfig) -> str:
-    if setup.micro_batch_size == config.train.micro_batch_size:
+    if setup.micro_batch_size == rows_a_process(config):
         size = "the configured micro-batch"
     else:
         size = f"micro-batches of {setup.micro_batch_size}"
@@ -114,7 +115,7 @@ def _overrides(setup: Setup, config: RunConfig) -> tuple[str, ...]:
         found.append(f"quantization={setup.quantization.method}")
     if setup.method is TrainMethod.qlora and setup.quantization.compute_dtype is not config.quantization.compute_dtype:
         found.append(f"quantization.compute_dtype={setup.quantization.compute_dtype}")
-    if setup.micro_batch_size != train.micro_batch_size:
+    if setup.micro_batch_size != rows_a_process(config):
         steps = train.gradient_accumulation_steps * train.micro_batch_size // setup.micro_batch_size
         found += [
             f"train.micro_batch_size={setup.micro_batch_size}",
@@ -136,9 +137,9 @@ def _too_much(architecture: Architecture, column: Column, usable: int) -> str:
 
 def _elsewhere(architecture: Architecture, setup: Setup) -> str:
     least = plan_memory(architecture, replace(setup, device="cuda", micro_batch_size=1, gradient_checkpointing=True))
-    fitting = [c.gigabytes for c in CARDS if usable_bytes(int(c.gigabytes * 1e9), "cuda") >= least.total]
-    if fitting:
-        return f": QLoRA fits a card of {min(fitting):g} GB; or take a smaller model, or shorter rows (data.max_length)"
+    size = smallest_size(least.total)
+    if size is not None:
+        return f": QLoRA fits a card of {size:g} GB; or take a smaller model, or shorter rows (data.max_length)"
     return ", nor on one card of any size known here: take several (runtime=fsdp), or a smaller model"
 
 

@@ -1,6 +1,7 @@
 """What the plan says in figures: the four methods side by side, and the configured one by micro-batch and length."""
 
 import functools
+import math
 from dataclasses import dataclass, replace
 
 from pipeline.architecture import Architecture
@@ -107,6 +108,12 @@ def _step(memory: Memory) -> int:
     return memory.states + memory.activations + memory.logits + memory.workspace
 
 
+def rows_a_process(config: RunConfig) -> int:
+    """Of a micro-batch, as `training.micro_batch_rows` cuts a step: fewer where each process would not get one."""
+    rows_a_step = config.train.micro_batch_size * config.train.gradient_accumulation_steps
+    return min(config.train.micro_batch_size, math.ceil(rows_a_step / config.runtime.num_processes))
+
+
 def configured_name(config: RunConfig) -> str:
     """Which of the plan's columns is the configured method."""
     if config.train.method is TrainMethod.qlora:
@@ -137,11 +144,13 @@ def make_tables(
             totals.largest_micro_batch(usable),
             totals.largest_length(usable),
             seconds,
-            seconds * tokens / 1e6 / setup.num_processes if seconds is not None and tokens is not None else None,
+            seconds * tokens / 1e6 if seconds is not None and tokens is not None else None,
         )
 
     columns, grid = {}, None
-    for name, setup in alternatives(config, device, config.data.max_length).items():
+    rows = rows_a_process(config)
+    for name, configured in alternatives(config, device, config.data.max_length).items():
+        setup = replace(configured, micro_batch_size=rows)
         both = [replace(setup, gradient_checkpointing=recomputes) for recomputes in (False, True)]
         totals = [Totals(architecture, each) for each in both]
         variants = [variant(*pair) for pair in zip(both, totals, strict=True)]

@@ -78,8 +78,12 @@ def arithmetic_dtype(setup: Setup) -> Dtype:
     return setup.train.mixed_precision or bases[setup.method]
 
 
-def read_workload(config: RunConfig, processed: Path) -> Workload:
-    """From the processed data where they were made with these settings, else from the raw rows, else unknown."""
+def read_workload(config: RunConfig, processed: Path, counted_by: str | None = None) -> Workload:
+    """From the processed data where they were made with these settings, else from the raw rows, else unknown.
+
+    Args:
+        counted_by: the model whose tokenizer made the processed data, where the plan is for another one.
+    """
     longest = config.data.max_length
     if processed.is_dir():
         try:
@@ -90,7 +94,10 @@ def read_workload(config: RunConfig, processed: Path) -> Workload:
         else:
             answers = [text for i in range(min(len(split), NUM_SAMPLED)) for text in split.references(i)[:1]]
             mean, longest = float(split.lengths.mean()), int(split.lengths.max())
-            return Workload(len(split), mean, longest, _digit_share(answers), str(processed))
+            source = str(processed)
+            if counted_by is not None:
+                source += f", counted by the tokenizer of {counted_by}: this model's own may find more or fewer"
+            return Workload(len(split), mean, longest, _digit_share(answers), source)
     else:
         why = "data not prepared yet"
     if config.data.hub_id is not None:
@@ -148,10 +155,13 @@ def _seconds(rows: torch.Tensor, weight: torch.Tensor) -> float:
 def seconds_per_million_tokens(
     architecture: Architecture, setup: Setup, rate: Rate, tokens_a_row: float
 ) -> float | None:
-    """Of one process; validation, loading and the time between forwards are not in it. None: no rate for its dtype."""
+    """Of all processes together; validation, loading and the time between forwards are not in it.
+
+    None: no rate for its dtype.
+    """
     tflops = rate.of(setup)
     if tflops is None:
         return None
     flops = flops_per_token(architecture, setup)
     slower = DEQUANTISATION / (setup.micro_batch_size * tokens_a_row) if setup.keeps_quantized else 0.0
-    return 1e6 * flops * (1 + slower) / (UTILISATION * tflops * 1e12)
+    return 1e6 * flops * (1 + slower) / (UTILISATION * tflops * 1e12 * setup.num_processes)

@@ -16,7 +16,7 @@ from tests.small_project import watch_loads
 
 @pytest.mark.parametrize("stage", [stages.prepare, stages.quantize])
 def test_a_stage_stops_before_it_reads_the_base(stage, tmp_path, monkeypatch):
-    monkeypatch.setattr(fit_check, "free_bytes", lambda device: 1_000_000)
+    monkeypatch.setattr(fit_check, "total_bytes", lambda device: 1_000_000)
     loads = watch_loads(monkeypatch)
     monkeypatch.setattr(modeling, "tensor_shapes", lambda folder: pytest.fail("the weights were looked at"))
     config = compose_config(["runtime.device=cpu", "runtime.progress=false"])

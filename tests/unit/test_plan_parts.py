@@ -13,8 +13,8 @@ from pipeline.architecture import read_architecture
 from pipeline.config import compose, compose_config
 from pipeline.dataset import Example, write_split
 from pipeline.errors import ConfigError, ModelError
-from pipeline.memory import Memory, alternatives, usable_bytes
-from pipeline.plan_cards import CARDS, parse_card
+from pipeline.memory import CUDA_CONTEXT_BYTES, Memory, alternatives, usable_bytes
+from pipeline.plan_cards import CARDS, parse_card, smallest_size
 from pipeline.plan_models import find_model, sizes
 from pipeline.plan_text import WIDTH, duration, plan_text
 from pipeline.plan_time import Rate, Workload
@@ -104,6 +104,23 @@ def test_cards_and_sizes():
         assert card.source.startswith("https://")
 
 
+def test_context_and_fragmentation_come_off_once():
+    """torch reports 23.6 GiB in all on an RTX 4090, 14.6 on a T4, 22.0 on an L4 and 79.1 on an A100 of 80."""
+    for name, gibibytes in (("rtx4090", 23.6), ("t4", 14.6), ("l4", 22.0), ("a100-80gb", 79.1), ("h100", 79.1)):
+        card = parse_card(name)
+        assert (card.free_bytes + CUDA_CONTEXT_BYTES) / 2**30 == pytest.approx(gibibytes, rel=0.015)
+    assert usable_bytes(parse_card("rtx4090").free_bytes, "cuda") == pytest.approx(24e9, rel=0.01)
+    assert parse_card("24GB").free_bytes == 24 * 10**9 - CUDA_CONTEXT_BYTES
+    assert parse_card("24GiB").free_bytes == 24 * 2**30 - CUDA_CONTEXT_BYTES
+    assert parse_card("0.1GB").free_bytes == 0
+    assert usable_bytes(10**9, "cuda") == 970 * 10**6  # measured: the context is there already
+    assert usable_bytes(10**9, "cpu") == 10**9
+    least = min(usable_bytes(card.free_bytes, "cuda") for card in CARDS if card.gigabytes == 24)
+    assert smallest_size(least) == 24
+    assert smallest_size(least + 1) == 32  # some cards of 24 GB have less for it
+    assert smallest_size(10**12) is None
+
+
 def test_the_searches_find_what_fits(made_up, llama):
     config = compose_config(["data.max_length=1000", "train.micro_batch_size=4"])
     setup = dataclasses.replace(alternatives(config, "cuda", 1000)["qlora"], length=1000)
@@ -141,7 +158,7 @@ def test_the_text_is_short_and_the_json_whole(made_up):
     qlora = values["columns"]["qlora"]
     assert qlora["kept"]["memory"]["total"] == made.columns["qlora"].kept.memory.total == 6e9 + 4096 * A_TOKEN
     assert qlora["micro_batch_size"] == 4
-    assert values["usable_bytes"] == usable_bytes(int(24e9), "cuda")
+    assert values["usable_bytes"] == usable_bytes(parse_card("rtx4090").free_bytes, "cuda")
     row = made.grid.micro_batches.index(4)
     assert made.grid.totals[row][made.grid.lengths.index(1024)] == made.columns["qlora"].kept.memory.total
 
@@ -160,6 +177,39 @@ def test_time_is_tokens_by_flops_by_rate(llama):
     assert Rate(1.0, None, "").of(setups["full"]) is None
     assert plan_time.arithmetic_dtype(setups["full"]) is Dtype.float32
     assert (duration(3.25), duration(100), duration(7300)) == ("3.2 s", "100 s", "2.0 h")
+
+
+def test_processes_share_the_time_and_the_rows(made_up):
+    """Alone and in four processes: with a card's own rate, and by cards of the asked size."""
+    steps = ["train.max_steps=10", "train.method=lora", "model.dtype=bfloat16"]
+    for gpu in ("rtx4090", "24GB"):
+        alone = make_plan(*steps, gpu=gpu)
+        four = make_plan(*steps, "runtime.num_processes=4", gpu=gpu)
+        assert (alone.micro_batch_size, four.micro_batch_size) == (4, 1)
+        assert four.columns["lora"].kept.memory.activations == 1024 * A_TOKEN
+        assert not any("micro_batch_size" in override for override in four.advice.overrides)
+        if gpu == "24GB":
+            assert four.seconds_by_card["rtx4090"] == pytest.approx(alone.seconds_by_card["rtx4090"] / 4)
+        else:
+            named = four.columns["lora"].kept.seconds
+    assert named == pytest.approx(four.seconds_by_card["rtx4090"])
+
+
+def test_lengths_that_another_tokenizer_counted(tmp_path):
+    config = compose_config([])
+    write_split(tmp_path / "train.arrow", [Example("r", [1] * 10, [1] * 10, 2, "", ["a"])])
+    write_provenance(tmp_path, "prepare", config.data, config.model)
+    assert "tokenizer of models/other" in plan_time.read_workload(config, tmp_path, "models/other").source
+    assert plan_time.read_workload(config, tmp_path).source == str(tmp_path)
+
+
+def test_a_plan_says_whose_tokenizer_counted(made_up, tmp_path, monkeypatch):
+    asked = []
+    read = plan_time.read_workload
+    monkeypatch.setattr(plan, "read_workload", lambda *args: asked.append(args[2]) or read(*args))
+    make_plan()
+    plan.make_plan(["model=llama3_8b"], "24GB")
+    assert asked == [compose_config([]).model.path, None]
 
 
 def test_what_there_is_to_train_on(tmp_path):
@@ -182,7 +232,7 @@ def test_what_there_is_to_train_on(tmp_path):
 
 def advise(llama, workload, *overrides, capacity=HUGE):
     config = compose_config(["train.micro_batch_size=4", "data.max_length=1024", *overrides])
-    card = int(parse_card(capacity).gigabytes * 1e9)
+    card = parse_card(capacity).free_bytes
     columns, _ = plan_columns.make_tables(llama, config, "cuda", card, workload, None)
     return plan_advice.advise(llama, config, columns, workload, card, True)
 
