@@ -82,6 +82,12 @@ def pack_rows(ids: Sequence[np.ndarray], masks: Sequence[np.ndarray]) -> Batch:
     )
 
 
+def first_supervised(batch: Batch, num_tokens: int) -> Batch:
+    """The batch with only the first supervised tokens of each row still supervised."""
+    counts = batch.completion_mask.cumsum(dim=1)
+    return replace(batch, completion_mask=batch.completion_mask & (counts <= num_tokens))
+
+
 def rows_by_length(split: Split, batch_size: int) -> Iterator[list[int]]:
     """Every row that has a supervised token once, longest first (so that memory runs out at once or not at all)."""
     order = np.argsort(-split.lengths, kind="stable")

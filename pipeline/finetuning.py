@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from pipeline import guards
-from pipeline.batching import collate
+from pipeline.batching import collate, first_supervised
 from pipeline.bnb import store_for_shards
 from pipeline.checkpoints import Checkpoints
 from pipeline.dataset import Split, load_split
@@ -31,6 +31,9 @@ from pipeline.tokenizer import load_tokenizer
 from pipeline.training import OnEvent, Progress, Trainer, num_steps, peak_memory_bytes
 
 logger = logging.getLogger(__name__)
+CHECKED_TOKENS = (
+    32  # of a row, for the comparison of logits under the fresh adapter: four times [rows, tokens, vocabulary]
+)
 
 
 def finetune(
@@ -131,7 +134,7 @@ def prepare(
     rows = supervised[:2].tolist()  # two show as much as many, and take less memory
     if ranks.shards:  # the whole base lies in main memory yet: one short row on the CPU
         rows = [int(supervised[split.lengths[supervised].argmin()])]
-    batch = collate(split, rows, pad_token_id).to(device)
+    batch = first_supervised(collate(split, rows, pad_token_id), CHECKED_TOKENS).to(device)
     base.eval()
     with torch.no_grad():
         before, _ = supervised_logits(base, batch)

@@ -11,20 +11,21 @@ from typing import Any
 from pipeline.schema import OnMisfit, RunConfig
 
 
-def check_fit(config: RunConfig, processed: Path | None = None) -> None:
+def check_fit(config: RunConfig, processed: Path | None = None, loads_base: bool = False) -> None:
     """Stops, or warns, as `runtime.on_misfit` says, where the training is planned to take more memory than is free.
 
     Args:
         processed: the folder of processed data; None before there is one: rows are counted as `data.max_length`, all
-            of the device's memory counts as free, and without a `runtime.device` it only warns: another machine may
-            be meant.
+            of the device's memory counts as free.
+        loads_base: the stage fetches and loads the base right after this. Where none of that follows, and no
+            `runtime.device` is set, it only warns: another machine may be meant.
 
     Raises:
         ConfigError: it cannot fit, or settings that the model does not have; says what would fit.
         ModelError: a config.json that cannot be used, or fetched.
     """
     if config.runtime.on_misfit is not OnMisfit.ignore:
-        _fit_check().check_fit(config, processed)
+        _fit_check().check_fit(config, processed, loads_base)
 
 
 def planned_bytes(config: RunConfig, processed: Path) -> int | None:

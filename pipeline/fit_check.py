@@ -49,7 +49,7 @@ def device_type(runtime: RuntimeConfig) -> str:
     return "cuda" if wants_cuda else "cpu"
 
 
-def check_fit(config: RunConfig, processed: Path | None) -> None:
+def check_fit(config: RunConfig, processed: Path | None, loads_base: bool) -> None:
     """See `pipeline.fit.check_fit`.
 
     What the engine does by itself when memory runs out (`memory.smallest`) is no misfit: there it warns. Of several
@@ -68,7 +68,7 @@ def check_fit(config: RunConfig, processed: Path | None) -> None:
     except Exception as error:  # a plan is no reason for a training not to run
         logger.warning("fit: not planned, so not checked: %s", _reason(error))
         return
-    if problem is not None and processed is None and runtime.device is Device.auto:
+    if problem is not None and not loads_base and runtime.device is Device.auto:
         logger.warning("%s\nThis machine may not be the one that trains: going on.", problem)
     elif problem is not None and runtime.on_misfit is OnMisfit.fail:
         raise ConfigError(problem)

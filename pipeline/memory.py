@@ -45,7 +45,7 @@ CUDA_FRAGMENTATION = 0.03  # of what the allocator holds in pieces that no tenso
 CUBLAS_BYTES = 32 * 2**20  # CUBLAS_WORKSPACE_CONFIG=:4096:8, as use_deterministic_kernels sets it: 8 x 4 MiB
 CPU_SLACK = 0.5  # of what comes and goes: holes in glibc's heap, which aligned tensors of the same size do not fill
 CPU_RUNTIME_BYTES = 64 * 2**20  # libraries and code that the first use loads
-CHECKED_ROWS = 2  # finetuning.prepare compares their logits before and under the fresh adapter
+CHECKED_ROWS, CHECKED_TOKENS = 2, 32  # finetuning.prepare compares their logits before and under the fresh adapter
 
 
 def usable_bytes(capacity_bytes: int, device: str) -> int:
@@ -129,7 +129,7 @@ def _outside_steps(architecture: Architecture, setup: Setup, states: Memory, hel
         phases.append(base + sum(quantized_bytes(layers, setup.quantization)))
     if setup.method is not TrainMethod.full:
         # guards.check_same_logits: float32 logits before and after, their difference and its absolute value
-        logits = CHECKED_ROWS * setup.length * architecture.vocab_size * 4
+        logits = CHECKED_ROWS * min(setup.length, CHECKED_TOKENS) * architecture.vocab_size * 4
         phases.append(base + states.adapter + 4 * logits)
     if setup.device == "cpu":
         # guards.parameter_checksums: on a CPU torch turns a tensor of any integers into int64 to sum it

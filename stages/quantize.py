@@ -21,7 +21,7 @@ from pipeline.workspace import PROCESSED, QUANTIZED, Workspace
 
 
 def run(config: RunConfig, workspace: Workspace) -> None:
-    check_fit(config)
+    check_fit(config, loads_base=True)
     device = select_device(config.runtime)
     processed = workspace.input(PROCESSED)
     check_provenance(processed, config.data, config.model)

@@ -35,7 +35,8 @@ def run(config: RunConfig, workspace: Workspace) -> None:
     device = select_device(config.runtime, one_of_several=True)
     with joined(device, config.runtime) as ranks:
         if is_new:
-            check_fit(config, workspace.input(PROCESSED))  # of several processes each looks at its own GPU
+            # of several processes each looks at its own GPU
+            check_fit(config, workspace.input(PROCESSED), loads_base=True)
         if not ranks.is_main:
             return assist(config, workspace, device, ranks)
         (trained,) = train([want(config, workspace)], device, ranks)

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from pipeline.batching import collate, rows_by_length
+from pipeline.batching import collate, first_supervised, rows_by_length
 from pipeline.dataset import Example, load_split, write_split
 from pipeline.errors import DataError
 from pipeline.losses import measure_loss, supervised_logits, supervised_loss
@@ -149,3 +149,11 @@ def test_collate_pads_on_the_right_with_nothing_attended_or_supervised(make_spli
     assert batch.input_ids[0, 3:].tolist() == [77] * 4
     assert batch.attention_mask.tolist() == [[1] * 3 + [0] * 4, [1] * 7]
     assert batch.completion_mask.tolist() == [[False, False, True] + [False] * 4, [False] * 4 + [True] * 3]
+
+
+def test_only_the_first_supervised_tokens_of_each_row_stay_so(make_split):
+    batch = collate(make_split([(2, 5), (4, 1)]), [0, 1], 0)
+    few = first_supervised(batch, 2)
+    assert few.completion_mask.sum(dim=1).tolist() == [2, 1]
+    assert few.completion_mask[0].nonzero().flatten().tolist() == [2, 3]
+    assert batch.completion_mask.sum(dim=1).tolist() == [5, 1]
