@@ -31,9 +31,7 @@ from pipeline.tokenizer import load_tokenizer
 from pipeline.training import OnEvent, Progress, Trainer, num_steps, peak_memory_bytes
 
 logger = logging.getLogger(__name__)
-CHECKED_TOKENS = (
-    32  # of a row, for the comparison of logits under the fresh adapter: four times [rows, tokens, vocabulary]
-)
+CHECKED_ROWS, CHECKED_TOKENS = 2, 32  # whose logits are compared before and under the fresh adapter
 
 
 def finetune(
@@ -131,7 +129,7 @@ def prepare(
 
     base.requires_grad_(False)
     supervised = np.flatnonzero(split.num_supervised)
-    rows = supervised[:2].tolist()  # two show as much as many, and take less memory
+    rows = supervised[:CHECKED_ROWS].tolist()  # few show as much as many, and take less memory
     if ranks.shards:  # the whole base lies in main memory yet: one short row on the CPU
         rows = [int(supervised[split.lengths[supervised].argmin()])]
     batch = first_supervised(collate(split, rows, pad_token_id), CHECKED_TOKENS).to(device)

@@ -8,6 +8,7 @@ shapes and no memory (`memory_simulation`). docs/memory.md has the arithmetic an
 from dataclasses import replace
 
 from pipeline.architecture import Architecture
+from pipeline.finetuning import CHECKED_ROWS, CHECKED_TOKENS
 from pipeline.losses import CHUNK_ELEMENTS
 from pipeline.memory_setup import Memory, Setup, alternatives, keeps_quantized, setup_of, smallest
 from pipeline.memory_simulation import simulate_step
@@ -45,7 +46,6 @@ CUDA_FRAGMENTATION = 0.03  # of what the allocator holds in pieces that no tenso
 CUBLAS_BYTES = 32 * 2**20  # CUBLAS_WORKSPACE_CONFIG=:4096:8, as use_deterministic_kernels sets it: 8 x 4 MiB
 CPU_SLACK = 0.5  # of what comes and goes: holes in glibc's heap, which aligned tensors of the same size do not fill
 CPU_RUNTIME_BYTES = 64 * 2**20  # libraries and code that the first use loads
-CHECKED_ROWS, CHECKED_TOKENS = 2, 32  # finetuning.prepare compares their logits before and under the fresh adapter
 
 
 def usable_bytes(capacity_bytes: int, device: str) -> int:
@@ -128,7 +128,7 @@ def _outside_steps(architecture: Architecture, setup: Setup, states: Memory, hel
         layers = quantized_linear(architecture, setup.quantization)
         phases.append(base + sum(quantized_bytes(layers, setup.quantization)))
     if setup.method is not TrainMethod.full:
-        # guards.check_same_logits: float32 logits before and after, their difference and its absolute value
+        # finetuning.prepare: float32 logits before and after, their difference and its absolute value
         logits = CHECKED_ROWS * min(setup.length, CHECKED_TOKENS) * architecture.vocab_size * 4
         phases.append(base + states.adapter + 4 * logits)
     if setup.device == "cpu":
