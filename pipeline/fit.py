@@ -17,8 +17,8 @@ def check_fit(config: RunConfig, processed: Path | None = None, loads_base: bool
     Args:
         processed: the folder of processed data; None before there is one: rows are counted as `data.max_length`, all
             of the device's memory counts as free.
-        loads_base: the stage fetches and loads the base right after this. Where none of that follows, and no
-            `runtime.device` is set, it only warns: another machine may be meant.
+        loads_base: without them, that the stage fetches and loads the base right after this. Else, and without a
+            `runtime.device`, it only warns: another machine may be meant.
 
     Raises:
         ConfigError: it cannot fit, or settings that the model does not have; says what would fit.

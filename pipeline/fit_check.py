@@ -68,7 +68,8 @@ def check_fit(config: RunConfig, processed: Path | None, loads_base: bool) -> No
     except Exception as error:  # a plan is no reason for a training not to run
         logger.warning("fit: not planned, so not checked: %s", _reason(error))
         return
-    if problem is not None and not loads_base and runtime.device is Device.auto:
+    is_early = processed is None and not loads_base
+    if problem is not None and is_early and runtime.device is Device.auto:
         logger.warning("%s\nThis machine may not be the one that trains: going on.", problem)
     elif problem is not None and runtime.on_misfit is OnMisfit.fail:
         raise ConfigError(problem)

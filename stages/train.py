@@ -36,7 +36,7 @@ def run(config: RunConfig, workspace: Workspace) -> None:
     with joined(device, config.runtime) as ranks:
         if is_new:
             # of several processes each looks at its own GPU
-            check_fit(config, workspace.input(PROCESSED), loads_base=True)
+            check_fit(config, workspace.input(PROCESSED))
         if not ranks.is_main:
             return assist(config, workspace, device, ranks)
         (trained,) = train([want(config, workspace)], device, ranks)
