@@ -23,7 +23,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from pipeline import packing, row_attention
 from pipeline.architecture import Architecture, meta_model
 from pipeline.batching import Batch
-from pipeline.errors import ModelError
+from pipeline.errors import ModelError, PipelineError
 from pipeline.fused_lora import fused_lora
 from pipeline.live_bytes import LiveBytes
 from pipeline.lora import attach_lora
@@ -71,8 +71,12 @@ def simulate_step(architecture: Architecture, setup: Setup, accumulates: bool) -
             model, trace, validation = _trace(
                 architecture, setup, num_layers, accumulates, setup.attention is not Attention.eager
             )
+        except PipelineError:  # settings that the model does not have
+            raise
         except (NotImplementedError, TypeError, ValueError, RuntimeError):  # then packing.packed_attention pads
             model, trace, validation = _trace(architecture, setup, num_layers, accumulates, packs=False)
+    except PipelineError:
+        raise
     except (NotImplementedError, TypeError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ModelError(
