@@ -23,11 +23,12 @@ torch.set_num_threads(1)  # tiny tensors, and two test processes at once
 
 
 @pytest.fixture(autouse=True)
-def no_handler_stays() -> Iterator[None]:
+def logging_as_before() -> Iterator[None]:
     """What a test's own `quiet_logs` writes to is closed after it: the next test must not log there."""
     root = logging.getLogger()
-    before = list(root.handlers)
+    before, level = list(root.handlers), root.level
     yield
+    root.setLevel(level)
     for handler in root.handlers[:]:
         if type(handler) is logging.StreamHandler and handler not in before:
             root.removeHandler(handler)
