@@ -193,7 +193,8 @@ class DomainRun:
         wanted = want_domain(point.config, workspace, training, names)
         run = tag_point(wanted.run, self._sweep.name, self._sweep.run_id, point.number, self._sweep.command)
         point.fingerprint = wanted.key
-        point.training, metrics = train_domain(dataclasses.replace(wanted, run=run), training, self._device)
+        trained = train_domain(dataclasses.replace(wanted, run=run), self._device)
+        point.training, metrics = trained.source, trained.result["metrics"]
         point.seconds = {"train": time.perf_counter() - started}
         keys = ("trainable_parameters", "training_seconds", "validation_loss", *training_figures(metrics))
         losses.figures.append({key: float(metrics[key]) for key in keys})

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import torch
 
     from pipeline.checkpoints import Checkpoints
+    from pipeline.finetuning import Preparing
     from pipeline.ranks import Ranks
     from pipeline.tracking_live import LiveRun
 
@@ -44,6 +45,9 @@ class Training:
         run: what MLflow is told of it.
         is_point: of a sweep: waits while another process trains the same, and shares the store's files.
         says: settings that the provenance names in the place of `config`, where it is no plain training.
+        preparing: makes the model to train, where it is no plain training.
+        figures: what `preparing` measured, once it is trained; for its metrics.
+        is_planned: the memory plan knows what it takes.
     """
 
     config: RunConfig
@@ -54,6 +58,9 @@ class Training:
     on_event: OnEvent | None = None
     is_point: bool = False
     says: RunConfig | None = None
+    preparing: "Preparing | None" = None
+    figures: Mapping[str, float] = field(default_factory=dict)
+    is_planned: bool = True
 
 
 @dataclass
@@ -154,7 +161,8 @@ def train(
                 each.outcome = Trained("store", result)
         waiting = [opened[training.key] for training in trainings if opened[training.key].outcome is None]
         for each in waiting:  # a wait for the lock may have taken hours
-            if identify(each.training.config, each.training.workspace)[0] != each.training.key:
+            now = identify(each.training.config, each.training.workspace)[1]
+            if each.training.inputs | now != each.training.inputs:
                 each.outcome = TrainingError("data, base or code were changed meanwhile. Run the same command again.")
         waiting = [each for each in waiting if each.outcome is None]
         if waiting:
@@ -199,11 +207,13 @@ def _train(waiting: Sequence[_Open], device: "torch.device", ranks: "Ranks | Non
     else:
         (alone,) = members
         arguments = alone.adapter_folder, alone.checkpoints, device, alone.on_event
-        planned = fit.planned_bytes(alone.config, processed)
+        (only,) = waiting
+        if only.training.is_planned:
+            planned = fit.planned_bytes(alone.config, processed)
         if ranks is not None:
-            ranks.from_main(waiting[0].folder)
+            ranks.from_main(only.folder)
         try:
-            found = [finetune(alone.config, processed, quantized, *arguments, ranks or ALONE)]
+            found = [finetune(alone.config, processed, quantized, *arguments, ranks or ALONE, only.training.preparing)]
         except Interrupted:
             raise
         except PipelineError as error:
@@ -215,6 +225,7 @@ def _train(waiting: Sequence[_Open], device: "torch.device", ranks: "Ranks | Non
         metrics, history = outcome
         if planned is not None:
             metrics["planned_memory_bytes"] = planned
+        metrics |= each.training.figures
         result = {"metrics": metrics, "history": history, "inputs": each.training.inputs}
         mark = each.folder / FUSED_MARK
         if mark.exists():

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 import stages.domains
-from pipeline import crma, domain_training, domains, o_lora
+from pipeline import crma, domains, o_lora, store
 from pipeline.config import compose_config
 from pipeline.dataset import load_split
 from pipeline.domain_evaluation import Measurer
@@ -373,7 +373,7 @@ def test_plain_trainings_are_not_of_a_way(small: Small) -> None:
     config = find_domains(["a"], small.overrides())[0].config
     small.monkeypatch.setenv("DVC_ROOT", str(small.folder / "store"))
     assert read_json(folder / "point.json")["fingerprint"] == identify(config, Workspace(folder, folder))[0]
-    assert domain_training.store.is_finished(read_json(folder / "point.json")["fingerprint"])
+    assert store.is_finished(read_json(folder / "point.json")["fingerprint"])
 
 
 @pytest.mark.slow

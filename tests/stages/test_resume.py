@@ -12,10 +12,14 @@ from pathlib import Path
 import pytest
 
 from pipeline.files import hash_path
-from tests.conftest import Project, copy_project
+from tests.conftest import ROOT, Project, copy_project
 from tests.stages.test_dvc import make_small
 
 TRAIN = "python -m stages.train train.eval_steps=7 runtime.system_metrics=false"
+PLAIN_LORA = ("lora=all_linear", "lora=attention", "lora=mlp", "train=base", "train=qlora", "train=short")
+FILES = (path for group in ("lora", "train") for path in ROOT.glob(f"conf/{group}/*.yaml"))
+METHODS = sorted({f"{path.parent.name}={path.stem}" for path in FILES} - set(PLAIN_LORA))
+ON_PLAIN = ("lora=pissa", "lora=olora", "lora=corda")  # not with qlora
 SECONDS = 120  # until a process that just started has written a checkpoint
 
 
@@ -32,8 +36,7 @@ class Training:
 
     def __init__(self, project: Project, store: Path, overrides: str):
         self.project, self.store, self.overrides = project, store, overrides
-        self.log = project.folder / f"{store.name}.log"
-        self.output = project.folder / "outputs" / store.name
+        self.log, self.output = store.with_suffix(".log"), store.with_suffix(".outputs")
 
     def start(self) -> subprocess.Popen:
         command = f"exec {TRAIN} {self.overrides} runtime.output_dir={self.output}"
@@ -103,3 +106,17 @@ def test_killed_at_twenty_random_moments_it_ends_with_the_same_bytes(project: Pr
     for i in range(20):
         killed.kill(signal.SIGKILL, in_a_write=i % 3 == 0, pause=rng.uniform(0, 0.4))
     check(Training(project, tmp_path / "whole", overrides), killed, 150, num_kills=20)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_killed_ends_with_the_same_bytes(project: Project, tmp_path: Path, method: str) -> None:
+    """At a moment that follows from the method's name; every second one in a write."""
+    overrides = f"train.max_steps=16 runtime.checkpoint_steps=2 {method}"
+    if method in ON_PLAIN:
+        overrides += " train=lora"
+    killed = Training(project, tmp_path / "killed", overrides)
+    pause = random.Random(method).uniform(0, 0.2)
+    killed.kill(signal.SIGKILL, in_a_write=METHODS.index(method) % 2 == 0, pause=pause)
+    check(Training(project, tmp_path / "whole", overrides), killed, 16, num_kills=1)
