@@ -1,4 +1,4 @@
-"""Seconds, start-up and memory of every stage, for a given configuration.
+"""Seconds, start-up and memory of every stage but check, for a given configuration.
 
     python -m benchmarks.stages                       # the embedded data and base
     python -m benchmarks.stages train.max_steps=20    # any overrides of the stages
@@ -17,7 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
-STAGES = ("prepare", "quantize", "train", "evaluate", "merge", "gate")
+STAGES = ("prepare", "quantize", "train", "evaluate", "merge", "report", "gate")
 TIMES = re.compile(r"imports ([\d.]+) s, settings [\d.]+ s, work ([\d.]+) s, peak memory ([\d.]+) GB")
 
 

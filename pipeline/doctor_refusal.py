@@ -80,12 +80,13 @@ STAGE_PACKAGES: dict[str, tuple[str, ...]] = {
     "evaluate": (*_BASE, "peft", *_SCORES),
     "merge": (*_BASE, "peft", "matplotlib", *_SCORES),
     "point": (*_BASE, "peft", "matplotlib", "datasets", *_SCORES),
+    "domains": (*_BASE, "peft", "matplotlib", "datasets", *_SCORES),
     "report": (*_ALL, "pyarrow", "jinja2", "matplotlib", *_SCORES),
     "gate": (*_ALL, *_SCORES),
 }
 STAGES = tuple(STAGE_PACKAGES)
-ON_DEVICE = ("quantize", "train", "evaluate", "merge", "point")
-STORING = ("train", "evaluate", "point")  # write to `.training` of the project, wherever their outputs go
+ON_DEVICE = ("quantize", "train", "evaluate", "merge", "point", "domains")
+STORING = ("train", "evaluate", "point", "domains")  # write to `.training` of the project, wherever their outputs go
 
 
 def refuse(stage: str, config: "RunConfig") -> None:

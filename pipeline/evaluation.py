@@ -108,6 +108,12 @@ def answer_rows(
         logger.info(
             "%s: %d of %d test rows, without reference, not scored", name, len(split) - len(indices), len(split)
         )
+    longest = max(int(split.completion_mask(i)[split.num_prompt_tokens(i) :].sum()) - 1 for i in indices)  # but its end
+    if longest > evaluate.max_new_tokens:
+        logger.warning(
+            "%s: right answers have up to %d tokens, and evaluate.max_new_tokens is %d: what is longer is cut, and "
+            "scores are too low. Raise it.", name, longest, evaluate.max_new_tokens,
+        )  # fmt: skip
     answers = generate_answers(
         model,
         [split.prompt_ids(i) for i in indices],

@@ -69,6 +69,14 @@ def test_every_row_is_kept_and_scored(tiny_llama, tokenizer, tmp_path):
     assert again["loss"] == scores["loss"]
 
 
+@pytest.mark.parametrize(("limit", "warns"), [(4, True), (5, False)])
+def test_answers_longer_than_the_limit_are_told(tiny_llama, tokenizer, tmp_path, caplog, limit, warns):
+    """The longest right answer has 5 tokens and its end."""
+    write_processed(tmp_path, [["w5 w6"], ["w7"], ["w5"]])
+    evaluate(tiny_llama, tokenizer, tmp_path, max_new_tokens=limit)
+    assert ("right answers have up to 5 tokens" in caplog.text) is warns
+
+
 def test_equal_calls_give_equal_results(tiny_llama, tokenizer, tmp_path):
     write_processed(tmp_path, [["w5 w6"], ["w7"], ["w5"]])
     assert evaluate(tiny_llama, tokenizer, tmp_path) == evaluate(tiny_llama, tokenizer, tmp_path)
