@@ -80,7 +80,7 @@ class AdaLoraHooks(MethodHooks):
 
     def after_update(self, step: int) -> None:
         for parameter in self.parameters.values():
-            if parameter.grad is None:  # no row of this step had a supervised token
+            if parameter.grad is None:  # no supervised token in this step, or no update made of it
                 parameter.grad = torch.zeros_like(parameter)
         self.tuner.update_and_allocate(step)
 

@@ -86,6 +86,13 @@ def _start_adapter(model: torch.nn.Module, config: RunConfig, split: Split, pad_
         decompose = {LoraStart.pissa: pissa, LoraStart.olora: olora}[start]
         for layer in layers.values():
             move_into_adapter(layer, *decompose(weight_OI(layer), *size(layer)))
+    starts_B = [factors_of(layer)[1] for layer in layers.values()]
+    if num_random := sum(int((~b_OR.any(dim=0)).sum()) for b_OR in starts_B):
+        num_ranks = sum(b_OR.shape[1] for b_OR in starts_B)
+        logger.warning(
+            "lora.start %s: %d of %d ranks start as LoRA's, at random: the weights hold nothing for them",
+            start, num_random, num_ranks,
+        )  # fmt: skip
     return ResidualHooks(layers)
 
 

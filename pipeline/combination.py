@@ -3,7 +3,7 @@
     python -m pipeline.combination a/models/adapter b/models/adapter --weights 0.7 0.3 --output outputs/both
     python -m pipeline.combination a/models/adapter b/models/adapter --how ties --density 0.5 --output outputs/ties
 
-    linear         sum of w_i dW_i, exactly: of the sum of the ranks
+    linear         sum of w_i dW_i, exactly, in float32: of the sum of the ranks
     ties           each dW_i cut to its largest `density`, signs elected, what agrees averaged (arXiv 2306.01708)
     dare_linear    each dW_i with `density` kept at random and scaled up, then the sum of w_i dW_i (arXiv 2311.03099)
     dare_ties      the same, but signs elected and what agrees averaged
@@ -138,7 +138,7 @@ def run(options: argparse.Namespace) -> None:
     config = load_settings(options.set)
     if config.train.method is TrainMethod.full:
         raise ConfigError("train.method: full makes whole models, and adapters are combined. Add `-S train=lora`.")
-    if options.output.exists() and any(options.output.iterdir()):
+    if options.output.exists() and not (options.output.is_dir() and not any(options.output.iterdir())):
         raise ConfigError(f"--output {options.output}: is there already. Name a new folder.")
     for folder in options.adapters:
         check_adapter(folder, config)

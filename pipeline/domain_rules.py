@@ -50,6 +50,8 @@ def _sequence_problems(config: RunConfig) -> list[str]:
         found += _plain_lora_problems(config)
     if method is DomainMethod.osf:
         found += _osf_problems(config)
+    if method is DomainMethod.orthogonal and config.train.optimizer is Optimizer.lora_fa:
+        found.append("train.optimizer: lora_fa with domains.method orthogonal, whose penalty moves A, which it freezes")
     if method in (DomainMethod.osf, DomainMethod.constrained):
         if config.train.optimizer is Optimizer.lora_fa:
             found.append(f"train.optimizer: lora_fa with domains.method {method}, which trains more than A and B")

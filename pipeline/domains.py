@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import logging
+import re
 import shutil
 import time
 from collections.abc import Sequence
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     import torch
 
 logger = logging.getLogger(__name__)
+ROWS = re.compile(r"data\.(path|hub_id|revision|files)\b")  # which rows there are: each domain's file says it
 OWN_KEYS = ("data", "data.domains", "runtime.output_dir", "runtime.inputs_dir")  # a domain's are not the sequence's
 SPLITS = ("train", "validation", "test", "general")
 
@@ -72,6 +74,10 @@ def find_domains(names: Sequence[str], overrides: Sequence[str]) -> list[Domain]
     """
     kept = []
     for override in parse_overrides(overrides):
+        if ROWS.match(override.key_or_group):
+            raise ConfigError(
+                f"{override.input_line}: would give all domains the same rows; write it into each conf/data/NAME.yaml"
+            )
         if override.key_or_group not in OWN_KEYS:
             kept.append(override.input_line or "")
     domains = []

@@ -18,7 +18,7 @@ def _pattern_problems(lora: LoraConfig) -> list[str]:
             if value < minimum or value == 0:
                 found.append(f"lora.{name}: {key!r} is {value:g}; it must be {'1 or more' if minimum else 'over 0'}")
             try:
-                re.compile(key)
+                re.compile(rf"(.*\.)?({key})$")  # as peft looks for it
             except re.error as error:
                 found.append(f"lora.{name}: {key!r} is no regular expression ({error}); a layer's name is one")
             if not key:

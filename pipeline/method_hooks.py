@@ -31,7 +31,7 @@ class MethodHooks:
         """The step's gradient is whole; it is clipped next."""
 
     def after_update(self, step: int) -> None:
-        """Optimizer step `step` (from 1) was made; its gradient is still there."""
+        """Optimizer step `step` (from 1) is over; its gradient is still there, None where no update was made of it."""
 
     def may_be_kept(self, step: int) -> bool:
         """Whether the weights after `step` are what the method promises, so that they may be kept as the best."""

@@ -50,12 +50,12 @@ def attach_earlier(model: peft.PeftModel, folder: Path) -> None:
     Raises:
         ModelError: it does not fit the model.
     """
-    was_training = {name: p.requires_grad for name, p in model.named_parameters()}
+    was_training = _trainable(model)
     load_adapter(model, folder, EARLIER)
-    tuner: Any = model.base_model
-    tuner.set_adapter(["default", EARLIER])
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(was_training.get(name, False))
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer) and EARLIER in layer.lora_dropout:
+            layer.lora_dropout[EARLIER] = torch.nn.Identity()  # it is a part of the model that is trained on
+    _activate(model, ["default", EARLIER], was_training)
 
 
 def overlap(model: peft.PeftModel) -> float:
@@ -81,13 +81,25 @@ def _pairs(model: peft.PeftModel) -> Iterator[tuple[torch.Tensor, torch.Tensor]]
 
 def detach_earlier(model: peft.PeftModel) -> None:
     """Leaves the model's own adapter alone."""
+    was_training = _trainable(model)
     model.delete_adapter(EARLIER)
+    _activate(model, ["default"], was_training)
+
+
+def _trainable(model: peft.PeftModel) -> set[str]:
+    return {name for name, p in model.named_parameters() if p.requires_grad}
+
+
+def _activate(model: peft.PeftModel, adapters: list[str], trainable: set[str]) -> None:
+    """Has these adapters answer; peft makes them trainable with it, and that is put back."""
     tuner: Any = model.base_model
-    tuner.set_adapter("default")
+    tuner.set_adapter(adapters)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in trainable)
 
 
 def sum_adapters(folders: Sequence[Path], target: Path, weights: Sequence[float] | None = None) -> None:
-    """Writes the (weighted) sum of plain LoRA adapters on one base as one such adapter, exactly.
+    """Writes the (weighted) sum of plain LoRA adapters on one base as one such adapter, in float32.
 
     Raises:
         ModelError: one is no plain LoRA, or they are on different layers.
@@ -100,10 +112,10 @@ def sum_adapters(folders: Sequence[Path], target: Path, weights: Sequence[float]
     summed = {}
     for name in states[0]:
         if "lora_A" in name:
-            summed[name] = torch.cat([state[name] for state in states])
+            summed[name] = torch.cat([state[name].float() for state in states])
         else:
             factors = [
-                state[name] * (weight * scaling(config))
+                state[name].float() * (weight * scaling(config))
                 for state, config, weight in zip(states, configs, weights or [1.0] * len(folders), strict=True)
             ]
             summed[name] = torch.cat(factors, dim=1)

@@ -45,6 +45,7 @@ def corda(w_OI: torch.Tensor, moment_II: torch.Tensor, rank: int, scaling: float
     Args:
         moment_II: C = X X^T over the layer's inputs X, or any multiple; damped here, as the authors do, to be inverted.
     """
+    w_OI, moment_II = w_OI.double(), moment_II.double()  # a few large inputs, as models have, make C's spectrum wide
     C_II = moment_II + DAMPING * moment_II.diagonal().mean() * torch.eye(len(moment_II)).to(moment_II)
     U_OR, S_R, Vh_RI = _largest(w_OI @ C_II, rank)
     return _factors(U_OR, S_R / scaling, torch.linalg.solve(C_II, Vh_RI.T).T)

@@ -267,10 +267,13 @@ class Trainer:
             event["train.grad_norm"] = grad_norm = 0.0  # of the update that is made: none
         check_finite(step_loss, grad_norm, progress.step + 1, split, rows)
         event["train.learning_rate"] = float(self.scheduler.get_last_lr()[0])
-        if overflowed or not num_tokens or self._update_is_wanted(step_loss, grad_norm, event):
+        is_wanted = overflowed or not num_tokens or self._update_is_wanted(step_loss, grad_norm, event)
+        if is_wanted:
             self._update()
         elif self.accelerator.scaler is not None:
             self.accelerator.scaler.update()  # as the optimizer's step would
+        if overflowed or not is_wanted:
+            self.optimizer.zero_grad()  # it made no update: the method learns nothing from it
         self.hooks.after_update(progress.step + 1)
         self.scheduler.step()
         self.optimizer.zero_grad()

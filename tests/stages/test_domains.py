@@ -364,6 +364,12 @@ def test_the_overrides_hold_for_all_domains(small: Small) -> None:
     assert second.config.domains.method == "replay"
 
 
+@pytest.mark.parametrize("override", ["data.path=/x", "data.files.train=y.jsonl", "data.hub_id=a/b"])
+def test_rows_for_all_domains_are_refused(small: Small, override: str) -> None:
+    with pytest.raises(ConfigError, match="the same rows"):
+        find_domains(["a", "b"], small.overrides(override))
+
+
 def test_plain_trainings_are_not_of_a_way(small: Small) -> None:
     """A first domain's training has the fingerprint that `stages.train` gives it."""
     small.run("modular", "modular")

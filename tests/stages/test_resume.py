@@ -113,10 +113,10 @@ def test_killed_at_twenty_random_moments_it_ends_with_the_same_bytes(project: Pr
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_killed_ends_with_the_same_bytes(project: Project, tmp_path: Path, method: str) -> None:
     """At a moment that follows from the method's name; every second one in a write."""
-    overrides = f"train.max_steps=16 runtime.checkpoint_steps=2 {method}"
+    overrides = f"train.max_steps=60 runtime.checkpoint_steps=2 {method}"
     if method in ON_PLAIN:
         overrides += " train=lora"
     killed = Training(project, tmp_path / "killed", overrides)
     pause = random.Random(method).uniform(0, 0.2)
     killed.kill(signal.SIGKILL, in_a_write=METHODS.index(method) % 2 == 0, pause=pause)
-    check(Training(project, tmp_path / "whole", overrides), killed, 16, num_kills=1)
+    check(Training(project, tmp_path / "whole", overrides), killed, 60, num_kills=1)

@@ -74,6 +74,7 @@ def test_what_the_model_does_not_have_is_refused(tiny_llama: LlamaForCausalLM, c
         (["+lora.rank_pattern={q_proj: 0}"], "'q_proj' is 0; it must be 1 or more"),
         (["+lora.alpha_pattern={q_proj: 0}"], "'q_proj' is 0; it must be over 0"),
         (["+lora.rank_pattern={'q_proj(': 2}"], "is no regular expression"),
+        (["+lora.rank_pattern={'(?i)q_proj': 2}"], "is no regular expression"),
         (["lora.modules_to_save=[norm,norm]"], "one twice"),
         (["lora.modules_to_save=[norm]", "runtime.engine=fsdp", "runtime.num_processes=2"], "set runtime=ddp"),
     ],

@@ -148,6 +148,14 @@ def test_bad_options_are_named(project, tmp_path, capsys, more, said):
     assert said in capsys.readouterr().err
 
 
+def test_an_output_that_is_a_file_is_refused(project, tmp_path, capsys):
+    (tmp_path / "x").write_text("mine")
+    with pytest.raises(SystemExit):
+        combination.main(arguments(project, tmp_path / "x"))
+    assert "is there already" in capsys.readouterr().err
+    assert (tmp_path / "x").read_text() == "mine"
+
+
 def test_adapters_of_different_bases_are_refused(project, tmp_path, capsys):
     others = []
     for number, folder in enumerate(adapters(project)):

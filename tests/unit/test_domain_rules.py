@@ -63,6 +63,7 @@ def test_every_way_is_sound(sound: RunConfig, method: DomainMethod) -> None:
         ({**ORTHOGONAL, "lora.rank_pattern": {"q_proj": 4}}, "lora.rank_pattern, lora.alpha_pattern"),
         ({**CONSTRAINED, "train.lora_plus_ratio": 16.0}, "train.lora_plus_ratio"),
         ({**OSF, "train.optimizer": Optimizer.lora_fa}, "train.optimizer"),
+        ({**ORTHOGONAL, "train.optimizer": Optimizer.lora_fa}, "train.optimizer"),
         ({**OSF, "quantization.method": QuantizationMethod.nf4}, "domains.method"),
         ({**OSF, "model.dtype": Dtype.bfloat16}, "model.dtype"),
         ({**OSF, "lora.lora_dropout": 0.1}, "lora.use_rslora, lora.lora_dropout"),

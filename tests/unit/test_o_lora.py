@@ -1,16 +1,17 @@
 """O-LoRA's penalty and overlap against its equation, and the sum of adapters against the sum of their updates."""
 
 import copy
+import json
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from benchmarks.plain import plain_lora
 from pipeline.errors import ModelError
 from pipeline.lora import attach_adapter, load_adapter, save_adapter
-from pipeline.o_lora import OverlapPenalty, attach_earlier, overlap, sum_adapters
+from pipeline.o_lora import OverlapPenalty, attach_earlier, detach_earlier, overlap, sum_adapters
 
 
 def save_random(base, folder: Path, seed: int, **changes):
@@ -64,6 +65,33 @@ def test_both_adapters_answer_and_the_new_one_alone_trains(tiny_llama, tmp_path)
         torch.testing.assert_close(model(ids).logits, expected)  # the new one's B is 0
     assert float((expected - before).abs().max()) > 0.1
     assert all("default" in name for name, p in model.named_parameters() if p.requires_grad)
+
+
+def test_the_earlier_adapter_is_whole_and_leaves_what_trains_as_it_was(tiny_llama, tmp_path):
+    model = attach_adapter(copy.deepcopy(tiny_llama), plain_lora(4, 8.0, "attention"))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_B" in name)  # as lora_fa has it
+    folder = save_random(tiny_llama, tmp_path / "a", 1)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"lora_dropout": 0.5}))
+    attach_earlier(model, folder)
+    ids = torch.arange(3, 40)[None]
+    torch.testing.assert_close(model.train()(ids).logits, model.eval()(ids).logits)  # no dropout in it
+    detach_earlier(model)
+    assert all("lora_B.default" in name for name, p in model.named_parameters() if p.requires_grad)
+    assert any(p.requires_grad for p in model.parameters())
+
+
+def test_a_sum_of_16_bit_adapters_is_not_rounded_again(tiny_llama, tmp_path):
+    folder = save_random(tiny_llama, tmp_path / "a", 1)
+    path = folder / "adapter_model.safetensors"
+    save_file({name: tensor.bfloat16() for name, tensor in load_file(path).items()}, path, {"format": "pt"})
+    sum_adapters([folder, folder], tmp_path / "sum", [0.7, 0.3])
+    rank = load_file(path)
+    for name, tensor in load_file(tmp_path / "sum/adapter_model.safetensors").items():
+        if "lora_B" in name:
+            torch.testing.assert_close(tensor, torch.cat([rank[name].float() * 1.4, rank[name].float() * 0.6], dim=1))
+            assert not torch.equal(tensor, tensor.bfloat16().float())  # which would lose something
 
 
 def test_overlap_is_1_in_one_subspace_and_0_in_the_orthogonal_one(tiny_llama, tmp_path):

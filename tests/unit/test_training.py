@@ -16,6 +16,7 @@ from pipeline.checkpoints import Checkpoints
 from pipeline.config import compose_config
 from pipeline.errors import TrainingError
 from pipeline.lora import attach_adapter
+from pipeline.method_hooks import MethodHooks
 from pipeline.schema import OnSpike
 from pipeline.spikes import highest_zscore
 from pipeline.training import Trainer, num_steps, rows_of_step
@@ -302,6 +303,23 @@ def test_a_spike_is_logged_clipped_or_skipped(
     assert norms[31] == pytest.approx(expected, rel=1e-3)
     assert (norms[31] > 100 * usual) is (action is OnSpike.log)
     assert norms[32] > 0
+
+
+@pytest.mark.parametrize("action", [OnSpike.log, OnSpike.skip])
+def test_a_method_learns_nothing_from_a_gradient_that_made_no_update(
+    tiny_llama: LlamaForCausalLM, make_split, monkeypatch, action: OnSpike
+) -> None:
+    model, split = attach_adapter(tiny_llama, compose_config(["lora.r=4"]).lora), make_split(LENGTHS)
+    chosen, had_gradient = settings(max_steps=30, eval_steps=30, on_spike=action), []
+
+    class Watching(MethodHooks):
+        def after_update(self, step: int) -> None:
+            had_gradient.append(any(p.grad is not None for p in model.parameters()))
+
+    zscores = iter([0.0] * 24 + [9.0] + [0.0] * 5)
+    monkeypatch.setattr("pipeline.training.highest_zscore", lambda *args: next(zscores))
+    Trainer(model, split, split, chosen, 0, lambda *event: None, progress_bar=False, hooks=Watching()).run()
+    assert [step for step, had in enumerate(had_gradient, 1) if not had] == ([25] if action is OnSpike.skip else [])
 
 
 def scale_losses(trainer: Trainer, init_scale: float) -> torch.amp.GradScaler:
