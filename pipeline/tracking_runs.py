@@ -18,6 +18,7 @@ from pipeline.provenance import package_versions
 from pipeline.schema import RunConfig, TrainMethod
 
 PARAM_GROUPS = ("data", "model", "quantization", "lora", "train")
+USER_KEYED = ("rank_pattern", "alpha_pattern")  # by regular expressions, which MLflow takes in no name
 PARENT = "mlflow.parentRunId"
 CONTEXTS = {"train": "training", "validation": "validation", "test": "test", "general": "forgetting"}
 
@@ -139,9 +140,9 @@ def read_environment(root: Path) -> dict[str, str]:
 
 
 def flatten(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted keys and leaves of nested mappings."""
+    """Dotted keys and leaves of nested mappings; one whose keys the user makes up is a leaf."""
     for key, item in value.items():
-        if isinstance(item, Mapping):
+        if isinstance(item, Mapping) and key not in USER_KEYED:
             yield from flatten(item, f"{prefix}{key}.")
         else:
             yield prefix + key, item

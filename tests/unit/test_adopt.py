@@ -73,6 +73,8 @@ def texts(project: Path) -> dict[Path, bytes]:
         ["lora.target_modules=[q_proj,v_proj]", "lora.lora_alpha='${mul:3,${.r}}'", "data.columns.output=1e3"],
         ["experiment=precision", "lora.r=2", "merge.dtype=bfloat16", "gate=improvement"],
         ["data=local", "data.path=/x", "data.files.train=a.jsonl", "quantization=none", "train=lora"],
+        ["lora=by_layer", "lora.r=4"],
+        ["+lora.rank_pattern={q_proj:4}"],
     ],
     ids=" ".join,
 )

@@ -1,5 +1,6 @@
 """The parts of tracking that need no MLflow: records, names, addresses, system metrics."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -43,6 +44,14 @@ def test_params_are_what_makes_the_adapter_and_nothing_else():
     assert params["lora.r"] == 4
     assert params["data.files.train"] == settings().data.files.train
     assert {key.split(".")[0] for key in params} == {"data", "model", "quantization", "lora", "train"}
+
+
+def test_what_users_name_themselves_is_a_value_and_no_name():
+    """MLflow refuses a name with a backslash, and with it the whole run."""
+    pattern = {r"layers\.0\..*": 4}
+    params = describe_training(settings(lora__rank_pattern=pattern), FINGERPRINT, {}).params
+    assert params["lora.rank_pattern"] == pattern
+    assert all(re.fullmatch(r"[\w./ :-]+", key) for key in params)
 
 
 def test_run_file_comes_back_as_it_was(tmp_path):
