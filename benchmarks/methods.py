@@ -6,8 +6,8 @@
 E2E with stories260K (--real), the same rows and steps for all. Each method's learning rate is chosen on validation loss
 with seed 0 among three values, and one more where the best lies on an end (`edge`: it still does). Then every method
 gets the same seeds. Peak memory, above what imports take, is of a process of its own that makes half of the steps.
-Intervals are over test rows and seeds (`pipeline.sweep_statistics`). Results are kept by
-fingerprint in --out: the same command goes on where it was stopped. Writes methods.json and methods.md there.
+Intervals are over test rows and seeds (`pipeline.sweep_statistics`). Results are kept by fingerprint in --out: the same
+command goes on where it was stopped. Writes methods.json and methods.md there.
 """
 
 import argparse
@@ -119,15 +119,8 @@ def peak_memory(name: str, overrides: list[str], inputs: Path, out: Path) -> int
     from pipeline.files import read_json
 
     own = [f"runtime.inputs_dir={inputs.resolve()}", f"runtime.output_dir={out.resolve() / 'memory' / name}"]
-    command = [
-        sys.executable,
-        "-m",
-        "stages.train",
-        *overrides,
-        *own,
-        "runtime.num_threads=1",
-        "runtime.progress=false",
-    ]
+    own += ["runtime.num_threads=1", "runtime.progress=false"]
+    command = [sys.executable, "-m", "stages.train", *overrides, *own]
     done = subprocess.run(command, capture_output=True, text=True, timeout=1800)
     if done.returncode:
         raise SystemExit(f"{shlex.join(command)} failed:\n{done.stdout}{done.stderr}")

@@ -138,7 +138,7 @@ def run(options: argparse.Namespace) -> None:
     config = load_settings(options.set)
     if config.train.method is TrainMethod.full:
         raise ConfigError("train.method: full makes whole models, and adapters are combined. Add `-S train=lora`.")
-    if options.output.exists() and not (options.output.is_dir() and not any(options.output.iterdir())):
+    if options.output.exists() and (not options.output.is_dir() or any(options.output.iterdir())):
         raise ConfigError(f"--output {options.output}: is there already. Name a new folder.")
     for folder in options.adapters:
         check_adapter(folder, config)

@@ -83,16 +83,16 @@ def test_corda_sees_the_weight_through_its_inputs(w_OI: torch.Tensor) -> None:
     assert lost < 0.5 * ((w_OI - 2.0 * plain[1] @ plain[0]) @ x_NI.T).norm()  # PiSSA does not see the inputs
 
 
-def test_corda_keeps_its_ranks_where_one_input_is_far_larger(w_OI: torch.Tensor) -> None:
-    """As in models with massive activations: in float32 all ranks but the first would count as rounding."""
-    moment = torch.diag(torch.tensor([1e8, *[1.0] * 8]))
-    A, B = corda(w_OI.float(), moment, 3, scaling=2.0)
+def test_corda_keeps_its_ranks_where_one_input_is_far_larger() -> None:
+    """As in models with massive activations; in float32 all ranks but the first count as rounding (the control)."""
+    w_OI = torch.randn(16, 2048, generator=torch.Generator().manual_seed(0))
+    moment = torch.diag(torch.cat([torch.tensor([1e8]), torch.ones(2047)]))
+    _, B = corda(w_OI, moment, 3, scaling=2.0)
     assert B.any(dim=0).all()
-    expected = corda(w_OI.float().double(), moment.double(), 3, scaling=2.0)
-    torch.testing.assert_close(B @ A, expected[1] @ expected[0])
-    damped = moment + 0.01 * moment.diagonal().mean() * torch.eye(9)
-    _, S, _ = start_factors._largest(w_OI.float() @ damped * torch.tensor([1e3, *[1e-3] * 8]), 3)
-    assert not S[1:].any()  # what the limit is for
+    damped = moment + 0.01 * moment.diagonal().mean() * torch.eye(2048)
+    _, S, _ = start_factors._largest(w_OI @ damped, 3)
+    assert S[0] > 0
+    assert not S[1:].any()
 
 
 def test_eva_takes_the_directions_that_vary_most() -> None:
