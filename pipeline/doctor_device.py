@@ -215,11 +215,37 @@ def try_peft(device: str) -> Iterator[Finding]:
         yield Finding("ok", f"{versions}: LoRA on a 4-bit layer is the layer and 2 B A x")
 
 
+def try_attention(device: str) -> Iterator[Finding]:
+    """What the engine's attention on a CPU is compiled with, and its result against torch's."""
+    import torch
+
+    from pipeline import native_attention
+
+    if device != "cpu":
+        return
+    try:
+        native_attention.compile_kernel(8)
+    except native_attention.CannotCompile as error:
+        found = f"attention is torch's, 2 to 5 times as slow as the engine's own, which cannot be compiled: {error}"
+        yield Finding("warn", found, "install a C compiler with OpenMP (`apt install gcc`), or set CC to one")
+        return
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(1, 2, 40, 8) for _ in range(3))
+    found_BNHD = native_attention.attend(query, key, value, None, 0.3)
+    expected_BHND = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=0.3)
+    distance = float((found_BNHD.transpose(1, 2) - expected_BHND).abs().max())
+    if not distance < 1e-4:
+        yield Finding("fail", f"compiled attention is off by {distance:.1e}", "set CC to another C compiler")
+    else:
+        yield Finding("ok", f"compiled, within {distance:.0e} of torch's")
+
+
 TRIALS: dict[str, Callable[[str], Iterator[Finding]]] = {
     "torch": try_torch,
     "bitsandbytes": try_bitsandbytes,
     "8-bit optimizer": try_optimizer,
     "peft": try_peft,
+    "attention": try_attention,
 }
 
 if __name__ == "__main__":

@@ -14,8 +14,12 @@ PACKAGES = ("pipeline", "stages")
 
 
 def imported_files(module: str) -> list[Path]:
-    """Project files that `module` imports, itself first, transitively, also inside functions; relative, sorted."""
+    """Project files that `module` imports, itself first, transitively, also inside functions; relative, sorted.
+
+    With a module comes the C source of its name, if there is one.
+    """
     found: dict[str, Path] = {}
+    sources: list[Path] = []
     queue = [module]
     while queue:
         name = queue.pop()
@@ -23,13 +27,22 @@ def imported_files(module: str) -> list[Path]:
         if path is None or name in found:
             continue
         found[name] = path.relative_to(ROOT)
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Import):
-                queue += [alias.name for alias in node.names]
-            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-                queue += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-    return sorted(found.values())
+        if path.with_suffix(".c").exists():
+            sources.append(path.with_suffix(".c").relative_to(ROOT))
+        queue += _imports(path)
+    return sorted([*found.values(), *sources])
+
+
+@functools.cache
+def _imports(path: Path) -> list[str]:
+    """Every module that the file may name, and some that are none."""
+    found: list[str] = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            found += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+    return found
 
 
 def _file(module: str) -> Path | None:
@@ -44,12 +57,20 @@ def code_hash(module: str) -> str:
     """SHA-256 of what the module and its imports do: comments, docstrings and layout left out."""
     digest = hashlib.sha256()
     for path in imported_files(module):
-        tree = ast.parse((ROOT / path).read_text(encoding="utf-8"))
-        for node in ast.walk(tree):
-            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
-                node.body = node.body[1:]
-        digest.update(f"{path.as_posix()}\0{ast.dump(tree)}\n".encode())
+        digest.update(f"{path.as_posix()}\0{_what_it_does(ROOT / path)}\n".encode())
     return digest.hexdigest()
+
+
+@functools.cache
+def _what_it_does(path: Path) -> str:
+    text = path.read_text(encoding="utf-8")
+    if path.suffix != ".py":
+        return text
+    tree = ast.parse(text)
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
+            node.body = node.body[1:]
+    return ast.dump(tree)
 
 
 def with_code_deps(dvc_yaml: str) -> str:
@@ -63,7 +84,7 @@ def with_code_deps(dvc_yaml: str) -> str:
             stage = header[1]
         if not line.startswith("      "):
             section = line.strip().partition(":")[0]
-        if section == "deps" and re.fullmatch(r"      - (pipeline|stages)/\S+\.py", line):
+        if section == "deps" and re.fullmatch(r"      - (pipeline|stages)/\S+\.(py|c)", line):
             continue
         lines.append(line)
     return "\n".join(lines[:-1]) + "\n"

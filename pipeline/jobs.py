@@ -32,6 +32,9 @@ class Backend(Protocol):
     def count(self) -> int:
         """Jobs that run at once."""
 
+    def expect(self, num_jobs: int) -> None:
+        """Jobs will probably come, so many at most: what takes time to start may start."""
+
     def close(self) -> None:
         """No more jobs come."""
 

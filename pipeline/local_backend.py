@@ -67,6 +67,18 @@ class LocalBackend:
         num_gpus = len(self.gpus())
         return min(self.num_workers or num_gpus, num_gpus) if num_gpus else self.num_workers or 1
 
+    def expect(self, num_jobs: int) -> None:
+        """Starts workers on the CPU, whose imports take as long as what the head does before it has jobs for them.
+
+        Those for GPUs wait for their lease.
+        """
+        if self._lanes or self.gpus():
+            return
+        self._lanes = [_Lane() for _ in range(min(self.count(), num_jobs))]
+        for lane in self._lanes:
+            self._open(lane)
+            lane.worker = self._start(lane)
+
     def run(self, jobs: Sequence[Job], on_end: OnEnd) -> None:
         """See `pipeline.jobs.Backend`."""
         for job in jobs:
@@ -100,6 +112,8 @@ class LocalBackend:
                 assert lane.worker.stdin is not None
                 with contextlib.suppress(BrokenPipeError):
                     lane.worker.stdin.close()
+        for lane in self._lanes:
+            if lane.worker is not None:
                 try:
                     lane.worker.wait(END_SECONDS)
                 except subprocess.TimeoutExpired:

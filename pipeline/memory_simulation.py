@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface, PreTrainedModel
 
-from pipeline import packing, row_attention
+from pipeline import packing
 from pipeline.adamix import all_experts, two_route_loss
 from pipeline.adapter_parts import without_absent
 from pipeline.architecture import Architecture, meta_model
@@ -185,12 +185,8 @@ def _forwards(model: Any, setup: Setup, packs: bool) -> Iterator[tuple[LiveBytes
         inner.config._attn_implementation = packing.NAME if setup.device == "cpu" else CUDA_ATTENTION
     is_int8 = setup.keeps_quantized and setup.quantization.method is QuantizationMethod.int8
     counter = LiveBytes(model.parameters(), _most_supervised(inner.config.vocab_size))
-    row_attention._causal_mask.cache_clear()  # masks with data are of no use here, and those without of none after it
-    try:
-        with model.fake_mode, nullcontext() if is_int8 else fused_lora(model), counter:
-            yield counter, ForwardPlan(packed=packs, chunked=True)
-    finally:
-        row_attention._causal_mask.cache_clear()
+    with model.fake_mode, nullcontext() if is_int8 else fused_lora(model), counter:
+        yield counter, ForwardPlan(packed=packs, chunked=True)
 
 
 def _most_supervised(vocab_size: int) -> int:

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface
 
-from pipeline import row_attention
+from pipeline import native_attention
 from pipeline.batching import Batch, pack_rows, pad_rows
 
 try:
@@ -59,6 +59,11 @@ def packed_sdpa(
     wanted = [name for name in UNKNOWN if others.get(name) is not None]
     if wanted or attention_mask is not None:
         raise NotImplementedError(f"packed attention knows no {wanted[0] if wanted else 'attention mask'}")
+    longest = max_length_q or query_1HND.shape[2]
+    is_windowed = longest > (sliding_window or longest)
+    if not dropout and not is_windowed and native_attention.takes(query_1HND, key_1HND, value_1HND):
+        scale = query_1HND.shape[-1] ** -0.5 if scaling is None else scaling
+        return native_attention.attend(query_1HND, key_1HND, value_1HND, cu_seq_lens_q, scale), None
     has_groups = query_1HND.shape[1] != key_1HND.shape[1]
     if cu_seq_lens_q is None or max_length_q is None:
         output = _attend(query_1HND, key_1HND, value_1HND, dropout, scaling, sliding_window, has_groups)
@@ -93,10 +98,6 @@ def _attend(
 ) -> torch.Tensor:
     length = query.shape[2]
     band = None
-    if row_attention.takes(query, key, value) and not dropout and (sliding_window or length) >= length:
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        heads = query.flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1)
-        return row_attention.row_attention(*heads, scale).unflatten(0, query.shape[:2])
     if sliding_window is not None and length > sliding_window:
         ones = torch.ones(length, length, dtype=torch.bool, device=query.device)
         band = ones.tril().triu(1 - sliding_window)

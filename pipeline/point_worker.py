@@ -8,6 +8,8 @@ What becomes of each point stands in its `point.json`; what a job prints, in `wo
 
 import argparse
 import contextlib
+import gc
+import importlib
 import json
 import logging
 import os
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 PROGRESS_SECONDS = 1.0
 WATCH_SECONDS = 1.0
+NEEDED = ("pipeline.fused_finetuning", "pipeline.evaluation", "pipeline.tokenizer", "pipeline.tracking_live")
 
 
 def run_job(folders: Sequence[Path], fused: bool) -> None:
@@ -138,6 +141,9 @@ def _logging_to(path: Path) -> Iterator[None]:
 
 def _listen() -> None:
     """Does the jobs that standard input names, one after another, and answers each."""
+    for module in NEEDED:  # while the head is not yet done with its own beginning
+        importlib.import_module(module)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     for line in sys.stdin:
         job = json.loads(line)
@@ -167,7 +173,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--listen", action="store_true", help="take jobs from standard input")
     parser.add_argument("--head", type=int, help="process without which this one ends")
     options = parser.parse_args(arguments)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, also before and after a training
+    if not options.listen:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, also before and after a training
     if options.head is not None:
         _end_with(options.head)
     try:
@@ -178,6 +185,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             run_job(options.folders, options.fused)
     except KeyboardInterrupt:
         return 130
+    gc.freeze()  # see `pipeline.config.stage`
     return 0
 
 

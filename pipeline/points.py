@@ -1,6 +1,7 @@
 """A sweep and its points on disk: `multirun/NAME/sweep.json` and a folder shaped like the project for each point."""
 
 import dataclasses
+import functools
 import os
 import time
 from collections.abc import Sequence
@@ -63,9 +64,9 @@ class Point:
     fused_with: int = 0
     run_id: str | None = None
 
-    @property
+    @functools.cached_property
     def config(self) -> RunConfig:
-        """Raises: ConfigError: settings that cannot be."""
+        """Typed settings. Raises: ConfigError: settings that cannot be."""
         return to_settings(OmegaConf.create(self.settings or {}))
 
     def save(self) -> None:

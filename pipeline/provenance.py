@@ -1,6 +1,7 @@
 """What an output was made with: settings and package versions, in `provenance.json` of its folder."""
 
 import dataclasses
+import functools
 import logging
 from importlib.metadata import version
 from pathlib import Path
@@ -16,7 +17,12 @@ PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "toke
 
 def package_versions() -> dict[str, str]:
     """Versions of the packages that can change a result (the build suffix left off)."""
-    return {name: version(name).split("+")[0] for name in PACKAGES}
+    return {name: _version(name) for name in PACKAGES}
+
+
+@functools.cache  # a sweep asks a dozen times a point, and each time reads the package's metadata
+def _version(name: str) -> str:
+    return version(name).split("+")[0]
 
 
 def write_provenance(folder: Path, stage: str, *groups: Any, **extra: Any) -> None:

@@ -109,6 +109,9 @@ class RayBackend:
             self._stop(ray, list(pending))
             raise
 
+    def expect(self, num_jobs: int) -> None:
+        """Nothing: the cluster starts a process when there is a job for it."""
+
     def close(self) -> None:
         """Leaves the cluster; one of its own ends."""
         self._connection.close()

@@ -129,6 +129,9 @@ class SlurmBackend:
         """Jobs at once."""
         return self.num_workers
 
+    def expect(self, num_jobs: int) -> None:
+        """Nothing: the cluster starts a process when there is a job for it."""
+
     def close(self) -> None:
         """Nothing stays between two runs."""
 

@@ -98,12 +98,12 @@ class SweepRun:
         Raises:
             SystemExit: a point failed, or was stopped from outside: 1.
         """
-        from pipeline.compare import compare
-
         sweep = self._sweep
         assert sweep is not None
         with _terminable():
             self.backend.close()
+            from pipeline.compare import compare  # pictures
+
             points = sweep.load_points()
             lost = [point for point in points if point.state not in (State.finished, State.pruned)]
             sweep.end(State.failed if lost else State.finished)
@@ -140,8 +140,9 @@ class SweepRun:
         sweep.axes = find_axes([*(point.overrides for point in before), *all_overrides])
         sweep.points = [p.folder.name for p in sorted([*before, *points], key=lambda point: point.number)]
         sweep.state = State.running
-        for point in points:
-            self._open_point(point)
+        num_new = sum(not self._open_point(point) for point in points)
+        if num_new:
+            self.backend.expect(num_new)
         sweep.save()
         self._runtime_config = next((point.config.runtime for point in points if point.settings), None)
         if sweep.run_id is None and self._runtime_config is not None:
@@ -157,8 +158,12 @@ class SweepRun:
         except BlockingIOError:
             raise ConfigError(f"{self.folder}: another sweep is at work there. Wait, or choose another name.") from None
 
-    def _open_point(self, point: Point) -> None:
-        """Makes the point's folder ready; of other settings that were there before nothing stays."""
+    def _open_point(self, point: Point) -> bool:
+        """Makes the point's folder ready; of other settings that were there before nothing stays.
+
+        Returns:
+            Whether it was finished before, with these settings.
+        """
         point.folder.mkdir(exist_ok=True)
         old = None
         with contextlib.suppress(DataError):
@@ -169,8 +174,10 @@ class SweepRun:
         (point.folder / PROGRESS).unlink(missing_ok=True)
         if self.searched is None:
             (point.folder / TRIAL).unlink(missing_ok=True)  # of a search that had this folder
-        if old is None or old.state is not State.finished or old.settings != point.settings:
-            point.save()  # one that is finished stays so until something takes its place
+        is_finished = old is not None and old.state is State.finished and old.settings == point.settings
+        if not is_finished:  # one that is stays so until something takes its place
+            point.save()
+        return is_finished
 
     def _work(self, points: Sequence[Point]) -> None:
         """Brings the points that can be to their ends."""

@@ -12,12 +12,9 @@ import sys
 
 from pipeline import launched, launching, tracking
 from pipeline.config import stage
-from pipeline.device_memory import planned_and_measured
 from pipeline.errors import PipelineError
 from pipeline.fit import check_fit
 from pipeline.plots import plot_training_curves, write_training_tables
-from pipeline.ranks import joined
-from pipeline.runtime import select_device
 from pipeline.schema import RunConfig
 from pipeline.stored_training import assist, check_inputs, is_stored, train, want
 from pipeline.workspace import PROCESSED, Workspace
@@ -26,6 +23,10 @@ logger = logging.getLogger(__name__)
 
 
 def run(config: RunConfig, workspace: Workspace) -> None:
+    from pipeline.device_memory import planned_and_measured  # torch: the head of a sweep does without
+    from pipeline.ranks import joined
+    from pipeline.runtime import select_device
+
     launched.check_launch(config.runtime)
     check_inputs(config, workspace)
     is_new = not is_stored(config, workspace)

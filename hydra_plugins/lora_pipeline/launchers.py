@@ -197,7 +197,8 @@ class GridSweeper(BasicSweeper):
         from pipeline.errors import Interrupted
 
         with clean_errors("sweep"):
-            check_overrides([*(f"{key}={value}" for key, value in (self.params or {}).items()), *arguments], "run")
+            if self.params:  # without them the stage's entry has checked all that there is
+                check_overrides([*(f"{key}={value}" for key, value in self.params.items()), *arguments], "run")
             try:
                 found = super().sweep(arguments)
             except KeyboardInterrupt as error:

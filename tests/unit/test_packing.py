@@ -1,4 +1,4 @@
-"""Faster ways to the same numbers: packed rows, chunked logits, fused LoRA, attention of short rows."""
+"""Faster ways to the same numbers: packed rows, chunked logits, fused LoRA."""
 
 import copy
 from contextlib import nullcontext
@@ -27,7 +27,6 @@ from pipeline.lora import attach_adapter
 from pipeline.losses import ForwardPlan, plan_forward, supervised_logits, supervised_loss
 from pipeline.packing import model_inputs, packed_attention, packed_sdpa
 from pipeline.quantized_layers import quantize_model
-from pipeline.row_attention import LONGEST, row_attention, takes
 from tests.standins import ARCHITECTURES, CPU, SIZES, make_model
 
 LENGTHS = [(4, 3), (6, 19), (3, 2), (18, 55), (2, 12), (7, 1)]  # one longer than the sliding windows of the stand-ins
@@ -190,31 +189,6 @@ def test_an_output_head_of_its_own_kind_is_left_to_the_model(tiny_llama: LlamaFo
             *supervised_logits(tiny_llama, collate(split, ROWS, 0, packed=True)), reduction="sum"
         )
     assert loss == expected
-
-
-@pytest.mark.parametrize("heads", [(4, 4), (8, 2)])
-@pytest.mark.parametrize("width", [8, 16, 32])
-@pytest.mark.parametrize("length", [1, 7, LONGEST])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_attention_of_a_short_row(heads: tuple[int, int], width: int, length: int, dtype: torch.dtype) -> None:
-    torch.manual_seed(0)
-    query, key, value = (
-        torch.randn(n, length, width, dtype=dtype, requires_grad=True) for n in (heads[0], heads[1], heads[1])
-    )
-    gradient = torch.randn(heads[0], length, width, dtype=dtype)
-    assert takes(query, key, value)
-    found = row_attention(query, key, value, 0.3)
-    is_grouped = heads[0] != heads[1]
-    exact = [t.detach().float().requires_grad_() for t in (query, key, value)]
-    expected = F.scaled_dot_product_attention(
-        *(t[None] for t in exact), is_causal=True, scale=0.3, enable_gqa=is_grouped
-    )[0]
-    tolerance = {"rtol": 0, "atol": 2e-5} if dtype is torch.float32 else {"rtol": 2e-2, "atol": 3e-2}
-    torch.testing.assert_close(found.float(), expected, **tolerance)
-    found_gradients = torch.autograd.grad(found, (query, key, value), gradient)
-    expected_gradients = torch.autograd.grad(expected, exact, gradient.float())
-    for mine, theirs in zip(found_gradients, expected_gradients, strict=True):
-        torch.testing.assert_close(mine.float(), theirs, **tolerance)
 
 
 @pytest.mark.parametrize("overrides", [[], ["lora.use_rslora=true"], ["lora.target_modules=[q_proj,down_proj]"]])

@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 
-from pipeline import device_memory, fit, fit_check, plan_columns, row_attention
+from pipeline import device_memory, fit, fit_check, plan_columns
 from pipeline.config import compose_config
 from pipeline.dataset import Example, write_split
 from pipeline.device_memory import measure_peak_from_here, peak_memory_bytes, planned_and_measured
@@ -192,15 +192,6 @@ def test_a_base_that_cannot_be_held_while_it_is_quantised(monkeypatch, has):
     with pytest.raises(ConfigError, match=r"takes 0\.00 GB in float32 while it is quantised"):
         fit.check_fit(compose_config(["runtime.device=cpu"]))
     fit.check_fit(compose_config(["runtime.device=cpu", "train=lora", "quantization=none"]))
-
-
-def test_a_plan_leaves_nothing_behind_in_the_engine():
-    """Attention's masks are remembered by length: a training after a plan must not get one without memory."""
-    fit.check_fit(compose_config(["runtime.device=cpu", "data.max_length=64"]))
-    heads = torch.ones(4, 64, 32, requires_grad=True)
-    row_attention.row_attention(heads, heads, heads, 1.0).sum().backward()
-    assert type(heads.grad) is torch.Tensor
-    assert torch.isfinite(heads.grad).all()
 
 
 def test_a_better_plan_rebuilds_nothing():

@@ -1,0 +1,139 @@
+"""Attention in C against torch's own."""
+
+import logging
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from pipeline import native_attention
+from pipeline.native_attention import attend, takes
+from pipeline.packing import packed_sdpa
+
+SCALE = 0.3
+
+
+def make_heads(
+    batch: int, length: int, heads: tuple[int, int], width: int, dtype: torch.dtype = torch.float32
+) -> list[torch.Tensor]:
+    """Query, key and value as transformers has them: [B, heads, N, D] over memory of [B, N, heads, D]."""
+    torch.manual_seed(0)
+    made = [torch.randn(batch, length, n, width).to(dtype) for n in (heads[0], heads[1], heads[1])]
+    return [tensor.transpose(1, 2).requires_grad_() for tensor in made]
+
+
+def torchs(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    output = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=SCALE, enable_gqa=True)
+    return output.transpose(1, 2)
+
+
+def with_gradients(output: torch.Tensor, heads: list[torch.Tensor]) -> list[torch.Tensor]:
+    torch.manual_seed(1)
+    gradient = torch.randn(output.shape).to(output.dtype)
+    return [output, *torch.autograd.grad(output, heads, gradient)]
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (8, 2)])
+@pytest.mark.parametrize("width", [8, 20, 64])
+@pytest.mark.parametrize("length", [1, 7, 64, 65, 333])  # a block of keys is 64
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_and_its_gradients(heads: tuple[int, int], width: int, length: int, dtype: torch.dtype) -> None:
+    ours = make_heads(2, length, heads, width, dtype)
+    assert takes(*ours)
+    found = with_gradients(attend(*ours, None, SCALE), ours)
+    exact = [tensor.detach().float().requires_grad_() for tensor in ours]
+    expected = with_gradients(torchs(*exact), exact)
+    assert all(tensor.dtype is dtype for tensor in found)
+    tolerance = {"rtol": 1e-5, "atol": 3e-5} if dtype is torch.float32 else {"rtol": 2e-2, "atol": 5e-2}
+    for mine, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine.float(), theirs, **tolerance)
+
+
+def test_rows_end_to_end_see_themselves_alone() -> None:
+    lengths = [5, 1, 70, 16]
+    ends = torch.tensor([0, *lengths]).cumsum(0).int()
+    heads = make_heads(1, sum(lengths), (4, 2), 8)
+    found = with_gradients(attend(*heads, ends, SCALE), heads)
+    rows = [
+        [tensor.detach().requires_grad_() for tensor in row]
+        for row in zip(*(t.split(lengths, 2) for t in heads), strict=True)
+    ]
+    together = torch.cat([torchs(*row) for row in rows], dim=1)
+    expected = with_gradients(together, [tensor for row in rows for tensor in row])
+    torch.testing.assert_close(found[0], expected[0])
+    for i in range(3):
+        torch.testing.assert_close(found[1 + i], torch.cat(expected[1 + i :: 3], dim=2), rtol=1e-5, atol=1e-5)
+
+    moved = attend(*heads, ends + torch.tensor([0, 1, 0, 0, 0]).int(), SCALE)
+    assert not torch.allclose(moved[:, 5], found[0][:, 5]), "a row that begins elsewhere is another row"
+
+
+def test_the_number_of_threads_changes_no_bit(monkeypatch) -> None:
+    heads = make_heads(3, 100, (4, 2), 8)
+    results = []
+    for number in (1, 2, 3):
+        monkeypatch.setattr(torch, "get_num_threads", lambda number=number: number)
+        results.append(with_gradients(attend(*heads, None, SCALE), heads))
+    for other in results[1:]:
+        assert all(torch.equal(mine, theirs) for mine, theirs in zip(results[0], other, strict=True))
+
+
+def test_scores_of_any_size_and_what_is_no_number() -> None:
+    query, key, value = make_heads(1, 100, (2, 2), 8)
+    torch.testing.assert_close(attend(1e4 * query, key, value, None, SCALE), torchs(1e4 * query, key, value))
+    with torch.no_grad():
+        query[0, 1, 50, 3] = torch.nan
+    output = attend(query, key, value, None, SCALE)
+    assert output[0, 50, 1].isnan().all()
+    assert output.isnan().sum() == 8
+    assert with_gradients(output, [key])[1][0, 1, :51].isnan().all()
+
+
+def test_it_is_an_operator_as_torch_wants_one() -> None:
+    ends = torch.tensor([0, 4, 9]).int()
+    heads = make_heads(1, 9, (4, 2), 8)
+    torch.library.opcheck(native_attention._forward, (*heads, ends, SCALE))
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:  # the plan's
+        fake = [mode.from_tensor(tensor) for tensor in heads]
+        output = attend(*fake, None, SCALE)
+        assert output.shape == (1, 9, 4, 8)
+        assert [g.shape for g in torch.autograd.grad(output.sum(), fake)] == [tensor.shape for tensor in heads]
+
+
+@pytest.mark.parametrize("change", ["wide", "float16", "dtypes", "autocast"])
+def test_what_is_left_to_torch(change: str) -> None:
+    heads = make_heads(1, 5, (2, 2), 72 if change == "wide" else 8)
+    if change == "float16":
+        heads = [tensor.half() for tensor in heads]
+    if change == "dtypes":
+        heads[0] = heads[0].bfloat16()
+    with torch.autocast("cpu", torch.bfloat16, enabled=change == "autocast"):
+        assert not takes(*heads)
+    assert takes(*make_heads(1, 5, (2, 2), 8))
+
+
+def test_a_window_shorter_than_the_row_is_left_to_torch() -> None:
+    heads = make_heads(1, 20, (2, 2), 8)
+    module = torch.nn.Module()
+    whole, _ = packed_sdpa(module, *heads, None, scaling=SCALE, sliding_window=20)
+    assert torch.equal(whole, attend(*heads, None, SCALE))
+    windowed, _ = packed_sdpa(module, *heads, None, scaling=SCALE, sliding_window=4)
+    torch.testing.assert_close(windowed[:, :4], whole[:, :4])
+    assert not torch.allclose(windowed[:, 4:], whole[:, 4:])
+
+
+@pytest.mark.parametrize("compiler", ["/nowhere/cc", "false", "python -c raise(SystemExit('no\\nOpenMP'))"])
+def test_without_a_compiler_attention_is_torchs(compiler: str, monkeypatch, caplog) -> None:
+    monkeypatch.setenv("CC", compiler)
+    native_attention._library.cache_clear()
+    heads = make_heads(1, 9, (4, 2), 8)
+    try:
+        with caplog.at_level(logging.WARNING):
+            found, _ = packed_sdpa(torch.nn.Module(), *heads, None, scaling=SCALE)
+            packed_sdpa(torch.nn.Module(), *heads, None, scaling=SCALE)
+    finally:
+        native_attention._library.cache_clear()
+    torch.testing.assert_close(found, torchs(*heads))
+    assert caplog.text.count("attention on the CPU is torch's") == 1
+    assert "CC" in caplog.text
