@@ -32,6 +32,7 @@ class _Lane:
     environment: dict[str, str] | None = None
     descriptors: list[int] = field(default_factory=list)
     worker: subprocess.Popen | None = None
+    has_worked: bool = False
     ended: threading.Event = field(default_factory=threading.Event)
 
 
@@ -112,6 +113,8 @@ class LocalBackend:
                 assert lane.worker.stdin is not None
                 with contextlib.suppress(BrokenPipeError):
                     lane.worker.stdin.close()
+                if not lane.has_worked:  # it may be in the middle of its imports
+                    lane.worker.terminate()
         for lane in self._lanes:
             if lane.worker is not None:
                 try:
@@ -124,7 +127,8 @@ class LocalBackend:
     def _stop(self) -> None:
         self._stopped.set()
         workers = [lane.worker for lane in self._lanes if lane.worker is not None]
-        logger.info("stopping: %d processes write their checkpoints", len(workers))
+        num_busy = sum(lane.has_worked for lane in self._lanes)
+        logger.info("stopping: %d processes write their checkpoints", num_busy)
         for worker in workers:
             worker.terminate()
 
@@ -140,6 +144,7 @@ class LocalBackend:
                     return
                 if lane.worker is None or lane.worker.poll() is not None:
                     lane.worker = self._start(lane)
+                lane.has_worked = True
                 problem = _do(lane.worker, job)
                 if problem is not None:
                     lane.worker = None

@@ -1,13 +1,14 @@
 // Causal attention of heads of WIDTH numbers and its gradient; see native_attention.py. GNU C for its vectors.
 //
-// A vector holds one number of each of 16 queries (or keys); the other side comes one key (or query) after another, four
-// at a time, so that what is loaded serves four products. Weights are powers of 2: the scale has log2(e) in it.
+// A vector holds one number of each of 16 queries (or keys); the other side comes four keys (or queries) at a time, so
+// that what is loaded serves four products. Weights are powers of 2: the scale has log2(e) in it.
 
 #include <math.h>
+#include <omp.h>
 #include <stdint.h>
 
 #define LANES 16
-#define CHUNK 64 // keys whose scores are held at once; a multiple of LANES: no query has a chunk without a key of its own
+#define CHUNK 64 // keys whose scores are held at once; a multiple of LANES, so that each query has a key in each chunk
 #define MOST 4   // keys (or queries) at a time
 #define LOG2_E 1.44269504f
 #define INLINE static inline __attribute__((always_inline))
@@ -16,8 +17,13 @@
 
 typedef float floats __attribute__((vector_size(4 * LANES)));
 typedef int32_t ints __attribute__((vector_size(4 * LANES)));
+#ifdef BFLOAT16
+typedef uint16_t number;
+#else
+typedef float number;
+#endif
 typedef struct {
-    float *data;
+    number *data;
     int64_t batch, head, token; // strides; that of the width is 1
 } tensor;
 typedef struct {
@@ -26,7 +32,7 @@ typedef struct {
 typedef struct {
     float *data;
     int64_t stride;
-} tokens; // of one head in one row
+} tokens; // of one head in one row, in float32
 
 static const ints NUMBERS = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
@@ -42,7 +48,7 @@ INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE floats power_of_2(floats x) {
     ints whole = __builtin_convertvector(x - 0.5f, ints);
     floats part = x - __builtin_convertvector(whole, floats);
-    floats sum = 1.54614449e-4f * part + 1.34004280e-3f; // 2^part between -0.5 and 0.5, interpolated at Chebyshev's nodes
+    floats sum = 1.54614449e-4f * part + 1.34004280e-3f; // 2^part, interpolated at Chebyshev's nodes
     sum = sum * part + 9.61805694e-3f;
     sum = sum * part + 5.55032715e-2f;
     sum = sum * part + 2.40226507e-1f;
@@ -51,15 +57,58 @@ INLINE floats power_of_2(floats x) {
     return pick(x < -126.0f, (floats){}, sum * (floats)((whole + 127) << 23));
 }
 
+// A weight is at most 1: where rounding gives a score more than the log of the sum, that is it.
+INLINE floats weigh(floats score, floats log) {
+    floats x = score - log;
+    return power_of_2(pick(x > 0.0f, (floats){}, x));
+}
+
 INLINE row find_row(const int32_t *ends, int64_t number, int64_t num_tokens) {
     if (!ends)
         return (row){number, 0, num_tokens};
     return (row){0, ends[number], ends[number + 1] - ends[number]};
 }
 
-INLINE tokens of(tensor t, row r, int64_t head) {
-    return (tokens){t.data + r.batch * t.batch + head * t.head + r.first * t.token, t.token};
+INLINE number *begin(tensor t, row r, int64_t head) {
+    return t.data + r.batch * t.batch + head * t.head + r.first * t.token;
 }
+
+#ifdef BFLOAT16
+// Where a head of the row is to be written: in the room, the number-th one there.
+INLINE tokens place(tensor t, row r, int64_t head, float *room, int number_th) {
+    return (tokens){room + number_th * r.length * WIDTH, WIDTH};
+}
+
+INLINE tokens read(tensor t, row r, int64_t head, float *room, int number_th) {
+    tokens to = place(t, r, head, room, number_th);
+    const number *from = begin(t, r, head);
+    for (int64_t i = 0; i < r.length; i++)
+        EACH_D ((uint32_t *)to.data)[i * WIDTH + d] = (uint32_t)from[i * t.token + d] << 16;
+    return to;
+}
+
+// Rounds to the nearest, to even where two are as near; NaN stays NaN.
+INLINE void write(tensor t, row r, int64_t head, tokens from) {
+    number *to = begin(t, r, head);
+    for (int64_t i = 0; i < r.length; i++) {
+        EACH_D {
+            uint32_t bits = ((const uint32_t *)from.data)[i * WIDTH + d];
+            int is_nan = (bits & 0x7fffffff) > 0x7f800000;
+            to[i * t.token + d] = is_nan ? 0x7fc0 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+        }
+    }
+}
+#else
+INLINE tokens place(tensor t, row r, int64_t head, float *room, int number_th) {
+    return (tokens){begin(t, r, head), t.token};
+}
+
+INLINE tokens read(tensor t, row r, int64_t head, float *room, int number_th) {
+    return place(t, r, head, room, number_th);
+}
+
+INLINE void write(tensor t, row r, int64_t head, tokens from) {}
+#endif
 
 INLINE tokens after(tokens t, int64_t number) { return (tokens){t.data + number * t.stride, t.stride}; }
 
@@ -70,9 +119,9 @@ INLINE void load(floats *to, tokens from, int64_t count, float factor) {
         EACH_D to[d][l] = from.data[l * from.stride + d] * factor;
 }
 
-INLINE void store(tokens to, int64_t count, const floats *from, float factor) {
+INLINE void store(tokens to, int64_t count, const floats *from) {
     for (int64_t l = 0; l < count; l++)
-        EACH_D to.data[l * to.stride + d] = from[d][l] * factor;
+        EACH_D to.data[l * to.stride + d] = from[d][l];
 }
 
 // Lanes are the queries from i on; here come the `count` keys from j on.
@@ -120,7 +169,7 @@ static void forward_head(tokens q, tokens k, tokens v, tokens out, float *logs, 
                 add_values(1, output, &total, scores + j, most, after(value, j));
         }
         EACH_D output[d] /= total;
-        store(after(out, i), num_queries, output, 1.0f);
+        store(after(out, i), num_queries, output);
         for (int64_t l = 0; l < num_queries; l++)
             logs[i + l] = most[l] + log2f(total[l]);
     }
@@ -128,18 +177,15 @@ static void forward_head(tokens q, tokens k, tokens v, tokens out, float *logs, 
 
 // Lanes are the queries from i on, `to_output` their outputs' gradients; here come the `count` keys from j on.
 INLINE void add_to_queries(int count, floats *to_query, const floats *query, const floats *to_output, floats log,
-                           floats product, tokens key, tokens value, int64_t i, int64_t j) {
+                           floats product, float scale, tokens key, tokens value, int64_t i, int64_t j) {
     floats s[MOST], g[MOST];
-    EACH_U {
-        s[u] = -log;
-        g[u] = -product;
-    }
+    EACH_U s[u] = g[u] = (floats){};
     EACH_D EACH_U {
         s[u] += query[d] * key.data[u * key.stride + d];
         g[u] += to_output[d] * value.data[u * value.stride + d];
     }
     EACH_U {
-        g[u] *= power_of_2(s[u]);
+        g[u] = (g[u] - product) * weigh(s[u], log) * scale;
         if (j + u > i)
             g[u] = pick(NUMBERS >= (int)(j + u - i), g[u], (floats){});
     }
@@ -148,21 +194,18 @@ INLINE void add_to_queries(int count, floats *to_query, const floats *query, con
 
 // Lanes are the keys from j on; here come the `count` queries from i on.
 INLINE void add_to_keys(int count, floats *to_key, floats *to_value, const floats *key, const floats *value, tokens q,
-                        tokens to_output, const float *logs, const float *products, int64_t i, int64_t j) {
+                        tokens to_output, const float *logs, const float *products, float scale, int64_t i, int64_t j) {
     floats s[MOST], g[MOST];
-    EACH_U {
-        s[u] = all(-logs[u]);
-        g[u] = all(-products[u]);
-    }
+    EACH_U s[u] = g[u] = (floats){};
     EACH_D EACH_U {
         s[u] += key[d] * q.data[u * q.stride + d];
         g[u] += value[d] * to_output.data[u * to_output.stride + d];
     }
     EACH_U {
-        s[u] = power_of_2(s[u]);
+        s[u] = weigh(s[u], all(logs[u]));
         if (i + u < j + LANES)
             s[u] = pick(NUMBERS <= (int)(i + u - j), s[u], (floats){});
-        g[u] *= s[u];
+        g[u] = (g[u] - products[u]) * s[u] * scale;
     }
     EACH_D EACH_U {
         to_key[d] += g[u] * q.data[u * q.stride + d];
@@ -184,64 +227,79 @@ static void to_queries_of_head(tokens q, tokens k, tokens v, tokens to_output, t
         }
         EACH_D sum[d] = (floats){};
         for (; j + MOST <= end; j += MOST)
-            add_to_queries(MOST, sum, query, gradient, log, product, after(k, j), after(v, j), i, j);
+            add_to_queries(MOST, sum, query, gradient, log, product, scale, after(k, j), after(v, j), i, j);
         for (; j < end; j++)
-            add_to_queries(1, sum, query, gradient, log, product, after(k, j), after(v, j), i, j);
-        store(after(to_query, i), num_queries, sum, scale);
+            add_to_queries(1, sum, query, gradient, log, product, scale, after(k, j), after(v, j), i, j);
+        store(after(to_query, i), num_queries, sum);
     }
 }
 
+// Adds to what other queries of these keys gave, if it is said so.
+static void to_keys_of_head(tokens q, tokens k, tokens v, tokens to_output, tokens to_k, tokens to_v, const float *logs,
+                            const float *products, int64_t length, float scale, int adds) {
+    floats key[WIDTH], value[WIDTH], key_sum[WIDTH], value_sum[WIDTH];
+    for (int64_t j = 0; j < length; j += LANES) {
+        int64_t num_keys = least(LANES, length - j), i = j;
+        load(key, after(k, j), num_keys, scale * LOG2_E);
+        load(value, after(v, j), num_keys, 1.0f);
+        load(key_sum, after(to_k, j), adds ? num_keys : 0, 1.0f);
+        load(value_sum, after(to_v, j), adds ? num_keys : 0, 1.0f);
+        for (; i + MOST <= length; i += MOST)
+            add_to_keys(MOST, key_sum, value_sum, key, value, after(q, i), after(to_output, i), logs + i, products + i,
+                        scale, i, j);
+        for (; i < length; i++)
+            add_to_keys(1, key_sum, value_sum, key, value, after(q, i), after(to_output, i), logs + i, products + i,
+                        scale, i, j);
+        store(after(to_k, j), num_keys, key_sum);
+        store(after(to_v, j), num_keys, value_sum);
+    }
+}
+
+// `room`: for each thread `room_size` numbers, where 16-bit heads that a task works on are in float32.
 void forward(tensor q, tensor k, tensor v, tensor out, float *logs, const int32_t *ends, int64_t num_rows,
-             int64_t num_heads, int64_t num_key_heads, int64_t num_tokens, int num_threads, float scale) {
+             int64_t num_heads, int64_t num_key_heads, int64_t num_tokens, int num_threads, float scale, float *room,
+             int64_t room_size) {
 #pragma omp parallel for schedule(dynamic) num_threads(num_threads) if (num_threads > 1)
     for (int64_t task = 0; task < num_rows * num_heads; task++) {
         row r = find_row(ends, task / num_heads, num_tokens);
         int64_t head = task % num_heads, key_head = head / (num_heads / num_key_heads);
-        float *own = logs + (r.batch * num_heads + head) * num_tokens + r.first;
-        forward_head(of(q, r, head), of(k, r, key_head), of(v, r, key_head), of(out, r, head), own, r.length, scale);
+        float *own = room + omp_get_thread_num() * room_size;
+        float *log = logs + (r.batch * num_heads + head) * num_tokens + r.first;
+        tokens query = read(q, r, head, own, 0), key = read(k, r, key_head, own, 1);
+        tokens value = read(v, r, key_head, own, 2), output = place(out, r, head, own, 3);
+        forward_head(query, key, value, output, log, r.length, scale);
+        write(out, r, head, output);
     }
 }
 
 // `products`: room for each query's gradient times its output, [batch, heads, tokens].
 void backward(tensor q, tensor k, tensor v, tensor out, float *logs, const int32_t *ends, int64_t num_rows,
-              int64_t num_heads, int64_t num_key_heads, int64_t num_tokens, int num_threads, float scale,
-              tensor to_out, tensor to_q, tensor to_k, tensor to_v, float *products) {
+              int64_t num_heads, int64_t num_key_heads, int64_t num_tokens, int num_threads, float scale, float *room,
+              int64_t room_size, tensor to_out, tensor to_q, tensor to_k, tensor to_v, float *products) {
     int64_t num_shared = num_heads / num_key_heads;
 #pragma omp parallel for schedule(dynamic) num_threads(num_threads) if (num_threads > 1)
     for (int64_t task = 0; task < num_rows * num_key_heads; task++) {
         row r = find_row(ends, task / num_key_heads, num_tokens);
-        int64_t key_head = task % num_key_heads, first_head = key_head * num_shared;
-        int64_t first_number = (r.batch * num_heads + first_head) * num_tokens + r.first;
-        tokens key_tokens = of(k, r, key_head), value_tokens = of(v, r, key_head);
-        for (int64_t h = 0; h < num_shared; h++) {
-            tokens gradient = of(to_out, r, first_head + h), output = of(out, r, first_head + h);
-            float *own = products + first_number + h * num_tokens;
+        int64_t key_head = task % num_key_heads;
+        float *own = room + omp_get_thread_num() * room_size;
+        tokens k_head = read(k, r, key_head, own, 0), v_head = read(v, r, key_head, own, 1);
+        tokens to_k_head = place(to_k, r, key_head, own, 2), to_v_head = place(to_v, r, key_head, own, 3);
+        for (int64_t head = key_head * num_shared; head < (key_head + 1) * num_shared; head++) {
+            int64_t first = (r.batch * num_heads + head) * num_tokens + r.first;
+            tokens q_head = read(q, r, head, own, 4), gradient = read(to_out, r, head, own, 5);
+            tokens output = read(out, r, head, own, 6), to_q_head = place(to_q, r, head, own, 7);
+            const float *log = logs + first;
+            float *product = products + first;
             for (int64_t i = 0; i < r.length; i++) {
-                own[i] = 0.0f;
-                EACH_D own[i] += gradient.data[i * gradient.stride + d] * output.data[i * output.stride + d];
+                product[i] = 0.0f;
+                EACH_D product[i] += gradient.data[i * gradient.stride + d] * output.data[i * output.stride + d];
             }
-            to_queries_of_head(of(q, r, first_head + h), key_tokens, value_tokens, gradient, of(to_q, r, first_head + h),
-                               logs + first_number + h * num_tokens, own, r.length, scale);
+            to_queries_of_head(q_head, k_head, v_head, gradient, to_q_head, log, product, r.length, scale);
+            to_keys_of_head(q_head, k_head, v_head, gradient, to_k_head, to_v_head, log, product, r.length, scale,
+                            head > key_head * num_shared);
+            write(to_q, r, head, to_q_head);
         }
-        for (int64_t j = 0; j < r.length; j += LANES) {
-            int64_t num_keys = least(LANES, r.length - j);
-            floats key[WIDTH], value[WIDTH], to_key[WIDTH], to_value[WIDTH];
-            load(key, after(key_tokens, j), num_keys, scale * LOG2_E);
-            load(value, after(value_tokens, j), num_keys, 1.0f);
-            EACH_D to_key[d] = to_value[d] = (floats){};
-            for (int64_t h = 0; h < num_shared; h++) {
-                tokens query = of(q, r, first_head + h), gradient = of(to_out, r, first_head + h);
-                const float *log = logs + first_number + h * num_tokens, *product = products + first_number + h * num_tokens;
-                int64_t i = j;
-                for (; i + MOST <= r.length; i += MOST)
-                    add_to_keys(MOST, to_key, to_value, key, value, after(query, i), after(gradient, i), log + i,
-                                product + i, i, j);
-                for (; i < r.length; i++)
-                    add_to_keys(1, to_key, to_value, key, value, after(query, i), after(gradient, i), log + i,
-                                product + i, i, j);
-            }
-            store(after(of(to_k, r, key_head), j), num_keys, to_key, scale);
-            store(after(of(to_v, r, key_head), j), num_keys, to_value, 1.0f);
-        }
+        write(to_k, r, key_head, to_k_head);
+        write(to_v, r, key_head, to_v_head);
     }
 }

@@ -2,8 +2,8 @@
 
 torch's kernel has products whose inner size is the width of a head: 8 to 64 fill a CPU's vector units badly. Here the
 lanes of a vector are queries (or keys), so that nothing is added up across lanes; scores above the diagonal are left
-out; and of the scores nothing but a number a query is kept for the backward pass. 2 to 5 times as fast as torch's
-(docs/performance.md). Sums are in float32 for 16-bit heads too. The number of threads changes no bit.
+out; and of the scores nothing but a number a query is kept for the backward pass. Up to 5 times as fast as torch's
+(docs/performance.md). Sums are in float32 for bfloat16 heads too. The number of threads changes no bit.
 
 Needs a C compiler with OpenMP, as `torch.compile` does; without one attention is torch's, and the log says so.
 
@@ -38,12 +38,14 @@ class CannotCompile(PipelineError):
 
 
 def takes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
-    """Whether attention of these heads, [..., tokens, width], is done here."""
+    """Whether attention of these heads, [B, H or G, N, D], is done here."""
     # under autocast torch's own attention turns fp32 into the lower precision
     is_fp32_of_autocast = query.dtype is torch.float32 and torch.is_autocast_enabled("cpu")
     is_ours = query.dtype is key.dtype is value.dtype and query.dtype in DTYPES and not is_fp32_of_autocast
-    fits = query.device.type == "cpu" and query.shape[-1] == value.shape[-1] <= WIDEST
-    return is_ours and fits and _library(query.shape[-1]) is not None
+    batch, heads, tokens, width = query.shape
+    has_shape = key.shape == value.shape == (batch, key.shape[1], tokens, width) and heads % key.shape[1] == 0
+    fits = query.device.type == "cpu" and 0 < width <= WIDEST
+    return is_ours and has_shape and fits and _library(width, query.dtype) is not None
 
 
 def attend(
@@ -54,7 +56,12 @@ def attend(
     Args:
         ends: int32 [rows + 1], where the rows that lie end to end in the only one of the batch begin and end. None:
             the rows are those of the batch.
+
+    Raises:
+        ValueError: ends that are not those of one row of the batch.
     """
+    if ends is not None and (len(query_BHND) != 1 or int(ends[-1]) != query_BHND.shape[2]):
+        raise ValueError(f"rows end at {int(ends[-1])}, and the batch is {[len(query_BHND), query_BHND.shape[2]]}")
     output_BNHD: torch.Tensor = _forward(query_BHND, key_BGND, value_BGND, ends, scale)[0]
     return output_BNHD
 
@@ -66,15 +73,16 @@ def _forward(
     """The output, and float32 [B, H, N]: log2 of the sum of each query's weights."""
     heads = [_readable(tensor) for tensor in (query, key, value)]
     output, logs = _results(query)
-    output = output.float()
-    _library(query.shape[-1]).forward(
-        *map(_Tensor.of, (*heads, output.transpose(1, 2))), logs.data_ptr(), *_rows(query, key, ends), scale
+    ends, room = _int32(ends), _room(query, ends, num_heads=4)
+    _library(query.shape[-1], query.dtype).forward(
+        *map(_Tensor.of, (*heads, output.transpose(1, 2))), logs.data_ptr(), *_shape(query, key, ends, scale, room)
     )
-    return output.to(query.dtype), logs
+    return output, logs
 
 
 def _results(query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.empty_like(query.transpose(1, 2)).contiguous(), query.new_empty(query.shape[:3], dtype=torch.float32)
+    batch, heads, tokens, width = query.shape
+    return query.new_empty(batch, tokens, heads, width), query.new_empty(query.shape[:3], dtype=torch.float32)
 
 
 @_forward.register_fake
@@ -94,49 +102,74 @@ def _backward(
     to_output: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     heads = [_readable(tensor) for tensor in (query, key, value, output.transpose(1, 2))]
-    to_heads = [_readable(to_output.transpose(1, 2)), *map(torch.empty_like, heads[:3])]
+    to_query, to_key, to_value = _gradients(query), _gradients(key), _gradients(value)
+    to_heads = _readable(to_output.transpose(1, 2)), to_query, to_key, to_value
     products = torch.empty_like(logs)
-    _library(query.shape[-1]).backward(
-        *map(_Tensor.of, heads), logs.data_ptr(), *_rows(query, key, ends), scale,
+    ends, room = _int32(ends), _room(query, ends, num_heads=8)
+    _library(query.shape[-1], query.dtype).backward(
+        *map(_Tensor.of, heads), logs.data_ptr(), *_shape(query, key, ends, scale, room),
         *map(_Tensor.of, to_heads), products.data_ptr(),
     )  # fmt: skip
-    to_query, to_key, to_value = (tensor.to(query.dtype) for tensor in to_heads[1:])
     return to_query, to_key, to_value
+
+
+def _gradients(heads: torch.Tensor) -> torch.Tensor:
+    """Where they are written: over memory of [B, N, heads, D], as transformers has the heads."""
+    batch, num_heads, tokens, width = heads.shape
+    return heads.new_empty(batch, tokens, num_heads, width).transpose(1, 2)
 
 
 @_backward.register_fake
 def _(query: Any, key: Any, value: Any, *_: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+    return _gradients(query), _gradients(key), _gradients(value)
 
 
 def _keep(ctx: Any, inputs: Any, output: Any) -> None:
     *heads, ends, ctx.scale = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(*heads, ends, *output)
 
 
-def _gradients(ctx: Any, to_output: torch.Tensor, _: torch.Tensor) -> Any:
+def _differentiate(ctx: Any, to_output: torch.Tensor | None, _: None) -> Any:
+    if to_output is None:
+        return (None,) * 5
     query, key, value, ends, output, logs = ctx.saved_tensors
     return *_backward(query, key, value, ends, ctx.scale, output, logs, to_output), None, None
 
 
-_forward.register_autograd(_gradients, setup_context=_keep)
+_forward.register_autograd(_differentiate, setup_context=_keep)
 
 
 def _readable(tensor: torch.Tensor) -> torch.Tensor:
-    """In float32, with the width's numbers side by side."""
-    tensor = tensor.float()
+    """With the width's numbers side by side."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def _rows(query: torch.Tensor, key: torch.Tensor, ends: torch.Tensor | None) -> tuple[Any, ...]:
-    """What C is told of shapes: ends, number of rows, heads, heads of keys, tokens; and torch's number of threads."""
+def _int32(ends: torch.Tensor | None) -> torch.Tensor | None:
+    return None if ends is None else ends.to(torch.int32).contiguous()
+
+
+def _room(query: torch.Tensor, ends: torch.Tensor | None, num_heads: int) -> torch.Tensor:
+    """float32 [threads, heads that a thread works on at once, tokens, D]; empty where the tensors are float32."""
+    if query.dtype is torch.float32:
+        return torch.empty(1, 0)
+    longest = query.shape[2] if ends is None else int(ends.diff().max())
+    return torch.empty(torch.get_num_threads(), num_heads * longest * query.shape[-1])
+
+
+def _shape(
+    query: torch.Tensor, key: torch.Tensor, ends: torch.Tensor | None, scale: float, room: torch.Tensor
+) -> tuple[Any, ...]:
+    """What C is told beside the tensors; `forward` names it."""
     batch, heads, tokens, _ = query.shape
     rows = (None, batch) if ends is None else (ends.data_ptr(), len(ends) - 1)
-    return *rows, heads, key.shape[1], tokens, torch.get_num_threads()
+    threads = torch.get_num_threads()
+    return *rows, heads, key.shape[1], tokens, threads, scale, room.data_ptr(), room.shape[1]
 
 
 class _Tensor(ctypes.Structure):
-    """float32 [B, heads, N, D] as C reads it: where it begins, and the strides of all but the width."""
+    """[B, heads, N, D] as C reads it: where it begins, and the strides of all but the width."""
 
     _fields_ = [("data", ctypes.c_void_p), *((name, ctypes.c_int64) for name in ("batch", "head", "token"))]
 
@@ -146,31 +179,36 @@ class _Tensor(ctypes.Structure):
 
 
 @functools.cache
-def _library(width: int) -> Any:
-    """The kernel for heads of this width; None, with a warning, where it cannot be compiled."""
+def _library(width: int, dtype: torch.dtype) -> Any:
+    """The kernel for such heads; None, with a warning, where it cannot be compiled."""
     try:
-        return compile_kernel(width)
+        return compile_kernel(width, dtype)
     except CannotCompile as error:
-        logger.warning("attention on the CPU is torch's, 2 to 5 times as slow: %s", error)
+        logger.warning("attention on the CPU is torch's, up to 5 times as slow: %s", error)
         return None
 
 
-def compile_kernel(width: int) -> Any:
+@functools.cache
+def compile_kernel(width: int, dtype: torch.dtype) -> Any:
     """The C functions for heads of this width. Raises: CannotCompile."""
     compiler = os.environ.get("CC") or shutil.which("cc") or "gcc"
-    with tempfile.TemporaryDirectory() as folder:
-        library = Path(folder) / "attention.so"
-        command = [*shlex.split(compiler), *FLAGS, f"-DWIDTH={width}", "-o", str(library), str(SOURCE), "-lm"]
-        try:
+    defines = [f"-DWIDTH={width}", *(["-DBFLOAT16"] if dtype is torch.bfloat16 else [])]
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            library = Path(folder) / "attention.so"
+            command = [*shlex.split(compiler), *FLAGS, *defines, "-o", str(library), str(SOURCE), "-lm"]
             subprocess.run(command, check=True, capture_output=True, text=True, timeout=COMPILE_SECONDS)
             loaded = ctypes.CDLL(str(library))
-        except (OSError, ValueError, subprocess.SubprocessError) as error:
-            said = (str(getattr(error, "stderr", None) or error).strip() or "no reason given").splitlines()[-1]
-            raise CannotCompile(
-                f"no C compiler with OpenMP ({compiler}: {said}). Install gcc, or name yours in the environment "
-                "variable CC."
-            ) from error
-    inputs = [*[_Tensor] * 4, ctypes.c_void_p, ctypes.c_void_p, *[ctypes.c_int64] * 4, ctypes.c_int, ctypes.c_float]
+    except (OSError, ValueError, subprocess.SubprocessError) as error:
+        lines = (str(getattr(error, "stderr", None) or error).strip() or "no reason given").splitlines()
+        said = next((line for line in lines if "error" in line), lines[0])
+        raise CannotCompile(
+            f"it cannot be compiled ({compiler}: {said}). Install gcc with OpenMP, or name a C compiler in the "
+            "environment variable CC."
+        ) from error
+    tensors, sizes = [_Tensor] * 4, [ctypes.c_int64] * 4
+    inputs = [*tensors, ctypes.c_void_p, ctypes.c_void_p, *sizes, ctypes.c_int, ctypes.c_float]
+    inputs += [ctypes.c_void_p, ctypes.c_int64]
     loaded.forward.argtypes, loaded.forward.restype = inputs, None
-    loaded.backward.argtypes, loaded.backward.restype = [*inputs, *[_Tensor] * 4, ctypes.c_void_p], None
+    loaded.backward.argtypes, loaded.backward.restype = [*inputs, *tensors, ctypes.c_void_p], None
     return loaded

@@ -59,20 +59,20 @@ def packed_sdpa(
     wanted = [name for name in UNKNOWN if others.get(name) is not None]
     if wanted or attention_mask is not None:
         raise NotImplementedError(f"packed attention knows no {wanted[0] if wanted else 'attention mask'}")
-    longest = max_length_q or query_1HND.shape[2]
+    longest = max_length_q or query_1HND.shape[2]  # at least
     is_windowed = longest > (sliding_window or longest)
     if not dropout and not is_windowed and native_attention.takes(query_1HND, key_1HND, value_1HND):
         scale = query_1HND.shape[-1] ** -0.5 if scaling is None else scaling
         return native_attention.attend(query_1HND, key_1HND, value_1HND, cu_seq_lens_q, scale), None
     has_groups = query_1HND.shape[1] != key_1HND.shape[1]
-    if cu_seq_lens_q is None or max_length_q is None:
+    if cu_seq_lens_q is None:
         output = _attend(query_1HND, key_1HND, value_1HND, dropout, scaling, sliding_window, has_groups)
         return output.transpose(1, 2).contiguous(), None
     if query_1HND.is_cuda and _varlen_takes(query_1HND, dropout, has_groups):
         query_NHD, key_NHD, value_NHD = (t[0].transpose(0, 1) for t in (query_1HND, key_1HND, value_1HND))
         arguments: dict[str, Any] = {"enable_gqa": True} if has_groups else {}
         output_NHD: Any = varlen.varlen_attn(
-            query_NHD, key_NHD, value_NHD, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q,
+            query_NHD, key_NHD, value_NHD, cu_seq_lens_q, cu_seq_lens_q, longest, longest,
             scale=scaling, window_size=(sliding_window - 1 if sliding_window else -1, 0), **arguments,
         )  # fmt: skip
         return output_NHD.unsqueeze(0), None

@@ -142,7 +142,8 @@ def _logging_to(path: Path) -> Iterator[None]:
 def _listen() -> None:
     """Does the jobs that standard input names, one after another, and answers each."""
     for module in NEEDED:  # while the head is not yet done with its own beginning
-        importlib.import_module(module)
+        with contextlib.suppress(Exception):  # a job that needs it will say so in its log
+            importlib.import_module(module)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     for line in sys.stdin:
@@ -185,9 +186,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             run_job(options.folders, options.fused)
     except KeyboardInterrupt:
         return 130
-    gc.freeze()  # see `pipeline.config.stage`
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_code = main()
+    gc.freeze()  # see `pipeline.config.stage`
+    sys.exit(exit_code)

@@ -140,7 +140,7 @@ class SweepRun:
         sweep.axes = find_axes([*(point.overrides for point in before), *all_overrides])
         sweep.points = [p.folder.name for p in sorted([*before, *points], key=lambda point: point.number)]
         sweep.state = State.running
-        num_new = sum(not self._open_point(point) for point in points)
+        num_new = sum(not self._open_point(point) and point.state is State.waiting for point in points)
         if num_new:
             self.backend.expect(num_new)
         sweep.save()

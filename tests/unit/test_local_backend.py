@@ -1,6 +1,7 @@
 """Workers on this machine: every job has its end, whatever becomes of its process."""
 
 import contextlib
+import io
 import os
 import signal
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import local_backend
+from pipeline import local_backend, point_worker
 from pipeline.errors import ConfigError
 from pipeline.gpu_leases import Gpu, Lease, LeaseError
 from pipeline.jobs import Job, describe_exit
@@ -76,6 +77,38 @@ def test_one_process_does_many_jobs_with_its_threads(jobs, tmp_path: Path) -> No
     said = {(tmp_path / name / "done").read_text() for name in "abc"}
     assert len(said) == 1
     assert said.pop().split()[1] == "3"
+
+
+def test_workers_that_were_expected_do_the_jobs(jobs, tmp_path: Path) -> None:
+    backend = LocalBackend(2, on_cpu=True)
+    backend.expect(1)
+    backend.expect(2)  # a search asks for points bit by bit
+    (early,) = [lane.worker for lane in backend._lanes]
+    work = jobs("a", "b")
+    assert set(run(backend, work).values()) == {None}
+    assert early is not None
+    assert str(early.pid) in {(tmp_path / name / "done").read_text().split()[0] for name in "ab"}
+
+
+def test_a_worker_without_a_job_is_not_waited_for() -> None:
+    backend = LocalBackend(1, on_cpu=True)
+    backend.expect(1)
+    (worker,) = [lane.worker for lane in backend._lanes]
+    started = time.perf_counter()
+    backend.close()
+    assert worker is not None
+    assert worker.returncode == -signal.SIGTERM
+    assert time.perf_counter() - started < 3  # its imports take longer
+
+
+def test_a_worker_whose_imports_fail_lives_to_say_so_in_its_job(monkeypatch) -> None:
+    monkeypatch.setattr(point_worker, "NEEDED", ("no.such.module",))
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        point_worker._listen()
+    finally:
+        signal.signal(signal.SIGTERM, handler)
 
 
 def test_more_workers_than_gpus_are_as_many_as_gpus(jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -90,15 +90,61 @@ def test_scores_of_any_size_and_what_is_no_number() -> None:
     assert with_gradients(output, [key])[1][0, 1, :51].isnan().all()
 
 
+def test_gradients_of_large_scores() -> None:
+    heads = make_heads(1, 100, (2, 2), 8)
+    large = [(1e2 * heads[0]).detach().requires_grad_(), *heads[1:]]
+    exact = [tensor.detach().double().requires_grad_() for tensor in large]
+    found = with_gradients(attend(*large, None, SCALE), large)
+    expected = with_gradients(torchs(*exact), exact)
+    for mine, theirs in zip(found, expected, strict=True):
+        assert (mine - theirs).norm() / theirs.norm() < 1e-3
+
+
 def test_it_is_an_operator_as_torch_wants_one() -> None:
     ends = torch.tensor([0, 4, 9]).int()
     heads = make_heads(1, 9, (4, 2), 8)
     torch.library.opcheck(native_attention._forward, (*heads, ends, SCALE))
+    detached = [tensor.detach() for tensor in heads]
+    for inputs in (detached, [tensor.transpose(2, 3).contiguous().transpose(2, 3) for tensor in detached]):
+        output, logs = native_attention._forward(*inputs, ends, SCALE)
+        torch.library.opcheck(native_attention._backward, (*inputs, ends, SCALE, output, logs, torch.ones_like(output)))
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:  # the plan's
         fake = [mode.from_tensor(tensor) for tensor in heads]
         output = attend(*fake, None, SCALE)
         assert output.shape == (1, 9, 4, 8)
         assert [g.shape for g in torch.autograd.grad(output.sum(), fake)] == [tensor.shape for tensor in heads]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_inputs_and_gradients_of_any_layout(dtype: torch.dtype) -> None:
+    """One key head repeated without memory, values with the width outermost, a gradient that is one number."""
+    query, key, value = make_heads(2, 20, (4, 1), 8, dtype)
+    inputs = [query, key.expand(2, 2, 20, 8), value.transpose(2, 3).contiguous().transpose(2, 3).expand(2, 2, 20, 8)]
+    found = torch.autograd.grad(attend(*inputs, None, SCALE).sum(), [query, key, value])
+    expected = torch.autograd.grad(torchs(*(tensor.float() for tensor in inputs)).sum(), [query, key, value])
+    for mine, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, **({} if dtype is torch.float32 else {"rtol": 2e-2, "atol": 2e-2}))
+
+
+def test_rows_without_tokens() -> None:
+    heads = make_heads(1, 9, (2, 2), 8)
+    expected = attend(*heads, torch.tensor([0, 4, 9]).int(), SCALE)
+    assert torch.equal(attend(*heads, torch.tensor([0, 0, 4, 4, 9, 9]), SCALE), expected)
+    assert attend(*make_heads(0, 5, (2, 2), 8), None, SCALE).shape == (0, 5, 2, 8)
+
+
+def test_what_would_be_read_beyond_its_end_is_refused() -> None:
+    query, key, value = make_heads(2, 6, (4, 2), 8)
+    assert takes(query, key, value)
+    assert not takes(query, key[:1], value[:1])
+    assert not takes(query, key[:, :, :3], value[:, :, :3])
+    assert not takes(query[:, :3], key, value)
+    assert not takes(query, key[..., :4], value[..., :4])
+    assert not takes(*(tensor[..., :0] for tensor in (query, key, value)))
+    with pytest.raises(ValueError, match="rows end at 5"):
+        attend(query[:1], key[:1], value[:1], torch.tensor([0, 5]).int(), SCALE)
+    with pytest.raises(ValueError, match="rows end at 6"):
+        attend(query, key, value, torch.tensor([0, 6]).int(), SCALE)
 
 
 @pytest.mark.parametrize("change", ["wide", "float16", "dtypes", "autocast"])
@@ -123,10 +169,14 @@ def test_a_window_shorter_than_the_row_is_left_to_torch() -> None:
     assert not torch.allclose(windowed[:, 4:], whole[:, 4:])
 
 
-@pytest.mark.parametrize("compiler", ["/nowhere/cc", "false", "python -c raise(SystemExit('no\\nOpenMP'))"])
-def test_without_a_compiler_attention_is_torchs(compiler: str, monkeypatch, caplog) -> None:
+@pytest.mark.parametrize(
+    ("compiler", "said"),
+    [("/nowhere/cc", "/nowhere/cc"), ("false", "exit status 1"), ("cc -include no.h", "no.h"), ('cc "', "No closing")],
+)
+def test_without_a_compiler_attention_is_torchs(compiler: str, said: str, monkeypatch, caplog) -> None:
     monkeypatch.setenv("CC", compiler)
     native_attention._library.cache_clear()
+    native_attention.compile_kernel.cache_clear()
     heads = make_heads(1, 9, (4, 2), 8)
     try:
         with caplog.at_level(logging.WARNING):
@@ -136,4 +186,4 @@ def test_without_a_compiler_attention_is_torchs(compiler: str, monkeypatch, capl
         native_attention._library.cache_clear()
     torch.testing.assert_close(found, torchs(*heads))
     assert caplog.text.count("attention on the CPU is torch's") == 1
-    assert "CC" in caplog.text
+    assert said in caplog.text
