@@ -1,6 +1,7 @@
 """Attention in C against torch's own."""
 
 import logging
+import shutil
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from pipeline import native_attention
 from pipeline.native_attention import attend, takes
 from pipeline.packing import packed_sdpa
 
+pytestmark = pytest.mark.skipif(not (shutil.which("cc") or shutil.which("gcc")), reason="no C compiler")
 SCALE = 0.3
 
 
