@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 DTYPES = (torch.float32, torch.bfloat16)
 WIDEST = 64  # heads; torch's kernel is as fast for wider ones
 SOURCE = Path(__file__).with_suffix(".c")
-FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", "-Wno-psabi")
+FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-strict-aliasing", "-fPIC", "-shared", "-Wno-psabi")
 COMPILE_SECONDS = 120
 
 
@@ -60,8 +60,9 @@ def attend(
     Raises:
         ValueError: ends that are not those of one row of the batch.
     """
-    if ends is not None and (len(query_BHND) != 1 or int(ends[-1]) != query_BHND.shape[2]):
-        raise ValueError(f"rows end at {int(ends[-1])}, and the batch is {[len(query_BHND), query_BHND.shape[2]]}")
+    batch, _, num_tokens, _ = query_BHND.shape
+    if ends is not None and (batch, 0, num_tokens) != (1, int(ends[0]), int(ends[-1])):
+        raise ValueError(f"rows from {int(ends[0])} to {int(ends[-1])}, and the batch is [{batch}, {num_tokens}]")
     output_BNHD: torch.Tensor = _forward(query_BHND, key_BGND, value_BGND, ends, scale)[0]
     return output_BNHD
 

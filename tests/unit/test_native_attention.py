@@ -143,9 +143,9 @@ def test_what_would_be_read_beyond_its_end_is_refused() -> None:
     assert not takes(query[:, :3], key, value)
     assert not takes(query, key[..., :4], value[..., :4])
     assert not takes(*(tensor[..., :0] for tensor in (query, key, value)))
-    with pytest.raises(ValueError, match="rows end at 5"):
+    with pytest.raises(ValueError, match=r"rows from 0 to 5, and the batch is \[1, 6\]"):
         attend(query[:1], key[:1], value[:1], torch.tensor([0, 5]).int(), SCALE)
-    with pytest.raises(ValueError, match="rows end at 6"):
+    with pytest.raises(ValueError, match="rows from 0 to 6"):
         attend(query, key, value, torch.tensor([0, 6]).int(), SCALE)
 
 
