@@ -32,6 +32,9 @@ class Workers:
     def count(self) -> int:
         return 1
 
+    def expect(self, num_jobs: int) -> None:
+        """Nothing has to start."""
+
     def close(self) -> None:
         """Nothing runs."""
 
