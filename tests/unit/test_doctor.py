@@ -32,6 +32,7 @@ from pipeline import (
     doctor_packages,
     doctor_project,
     doctor_refusal,
+    native_attention,
 )
 from pipeline import doctor_services as services
 from pipeline.bnb import bnb
@@ -269,6 +270,21 @@ def test_a_lora_layer_that_is_wrong_or_not_4_bit_fails(monkeypatch) -> None:
     (finding,) = doctor_device.try_peft("cpu")
     assert finding.status == "fail"
     assert "(Linear)" in finding.found
+
+
+def test_attention_is_compiled_right_or_said_to_be_torchs(monkeypatch) -> None:
+    (finding,) = doctor_device.try_attention("cpu")
+    assert finding.status == "ok"
+    assert not list(doctor_device.try_attention("cuda"))
+    with monkeypatch.context() as patch:
+        patch.setattr(native_attention, "attend", lambda query, *_: 1.01 * query.transpose(1, 2))
+        (finding,) = doctor_device.try_attention("cpu")
+        assert finding.status == "fail"
+    monkeypatch.setenv("CC", "/nowhere/cc")
+    native_attention.compile_kernel.cache_clear()
+    (finding,) = doctor_device.try_attention("cpu")
+    assert finding.status == "warn"
+    assert "/nowhere/cc" in finding.found
 
 
 def test_a_trial_that_raises_is_a_finding_and_the_next_ones_run(monkeypatch, capsys) -> None:
