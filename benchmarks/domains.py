@@ -23,7 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from benchmarks.training import machine
+from benchmarks.works import machine
 from pipeline.domain_matrix import compare, text_of
 from pipeline.files import read_json, write_json, write_text
 from pipeline.schema import DomainMethod

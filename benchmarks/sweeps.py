@@ -25,7 +25,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from benchmarks.training import WORKS, machine, prepare
+from benchmarks.works import WORKS, machine, prepare
 from pipeline.files import read_json
 
 ROOT = Path(__file__).resolve().parent.parent
