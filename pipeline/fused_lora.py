@@ -83,6 +83,11 @@ def folds(base: nn.Module, x: torch.Tensor, adapter_dtype: torch.dtype) -> bool:
     )
 
 
+def scaled_product(a: torch.Tensor, b: torch.Tensor, scaling: float) -> torch.Tensor:
+    """s a b, in one kernel, scaled before it is rounded."""
+    return torch.addmm(a.new_empty(1), a, b, beta=0, alpha=scaling)  # beta 0: the empty number is not read
+
+
 class _LoraDelta(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -98,10 +103,10 @@ class _LoraDelta(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
         x_NI, inner_NR, low_RI, low_OR = ctx.saved_tensors
         to_y_NO = gradients[0]
-        to_inner_NR = (to_y_NO @ low_OR).mul_(ctx.scaling)
+        to_inner_NR = scaled_product(to_y_NO, low_OR, ctx.scaling)
         to_x_NI = to_inner_NR @ low_RI if ctx.needs_input_grad[1] else None
         to_A_RI = (to_inner_NR.t() @ x_NI).to(ctx.dtypes[0]) if ctx.needs_input_grad[2] else None
-        to_B_OR = (to_y_NO.t() @ inner_NR).to(ctx.dtypes[1]).mul_(ctx.scaling)
+        to_B_OR = scaled_product(to_y_NO.t(), inner_NR, ctx.scaling).to(ctx.dtypes[1])
         return to_y_NO, to_x_NI, to_A_RI, to_B_OR, None
 
 
@@ -120,5 +125,5 @@ class _FoldedLinear(torch.autograd.Function):
         x_NI, sum_OI, A_RI, B_OR = ctx.saved_tensors
         to_y_NO = gradients[0]
         to_x_NI = to_y_NO @ sum_OI if ctx.needs_input_grad[0] else None
-        to_sum_OI = (to_y_NO.t() @ x_NI).mul_(ctx.scaling)
+        to_sum_OI = scaled_product(to_y_NO.t(), x_NI, ctx.scaling)
         return to_x_NI, None, B_OR.t() @ to_sum_OI, to_sum_OI @ A_RI.t(), None

@@ -195,8 +195,9 @@ class FusedTrainer:
         width = batch.input_ids.shape[1]
         is_packed = batch.cu_seq_lens is not None
         sizes = [int(split.lengths[own].sum()) if is_packed else len(own) * width for _, own in pieces]
-        self.segments.pieces = [(self.members.index(m), n) for (m, _), n in zip(pieces, sizes, strict=True)]
-        return batch.to(self.accelerator.device)
+        device = self.accelerator.device
+        self.segments.lay_out([(self.members.index(m), n) for (m, _), n in zip(pieces, sizes, strict=True)], device)
+        return batch.to(device)
 
     def _take_less_memory(self, reason: str, members: Sequence[Fused]) -> None:
         """Fewer adapters a forward, then what a training alone does; a member whom nothing helps has its error."""

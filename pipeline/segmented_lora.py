@@ -1,11 +1,12 @@
 """Linear layers of one base under several LoRA adapters at once, each on its own tokens of the batch.
 
 The tokens of an adapter lie together, so that a layer's work is cut into segments (as in LoRAFusion, arXiv 2510.00206,
-and mLoRA, arXiv 2312.02515): one product with the base over all tokens and thin products a segment, or, for small fp32
-layers on a CPU, y = x (W + s B A)^T a segment (`pipeline.fused_lora` says why). Ranks, scalings and target modules may
-differ: an adapter that leaves a layer alone has no delta in its segment. One autograd function does all segments.
+and mLoRA, arXiv 2312.02515): one product with the base over all tokens and thin products a segment (for all segments at
+once on some GPUs, `pipeline.grouped_lora`), or, for small fp32 layers on a CPU, y = x (W + s B A)^T a segment
+(`pipeline.fused_lora` says why). Ranks, scalings and target modules may differ: an adapter that leaves a layer alone
+has no delta in its segment. One autograd function does all segments.
 
-Shape suffixes: N tokens, I in features, O out features, R rank.
+Shape suffixes: N tokens, M adapters, P segments, I in features, O out features, R rank.
 """
 
 import copy
@@ -23,8 +24,9 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
+from pipeline import grouped_lora
 from pipeline.errors import TrainingError
-from pipeline.fused_lora import folds, is_plain
+from pipeline.fused_lora import folds, is_plain, scaled_product
 from pipeline.packing import inner_model
 
 Adapter = tuple[torch.Tensor, torch.Tensor, float]  # A [R, I], B [O, R], scaling
@@ -36,9 +38,22 @@ class CannotFuse(TrainingError):
 
 @dataclass
 class Segments:
-    """Whose tokens the batch holds, in its order: adapter and number of tokens; to be set before each forward."""
+    """Whose tokens the batch holds, in its order.
+
+    Attributes:
+        pieces: adapter and number of tokens; to be laid out before each forward.
+        grouped: the GPU takes all of them in one product.
+        members_P, ends_P: the same on the device: adapters, and where their tokens end, int32.
+    """
 
     pieces: list[tuple[int, int]] = field(default_factory=list)
+    grouped: bool = False
+
+    def lay_out(self, pieces: list[tuple[int, int]], device: torch.device) -> None:
+        self.pieces = pieces
+        members, lengths = zip(*pieces, strict=True)
+        both = torch.tensor([members, list(itertools.accumulate(lengths))], dtype=torch.int32)
+        self.members_P, self.ends_P = both.to(device)
 
     def bounds(self, num_tokens: int) -> list[tuple[int, int, int]]:
         """Adapter, first token and the one after the last. Raises: CannotFuse: they are not the layer's tokens."""
@@ -68,13 +83,15 @@ def segmented_lora(base: nn.Module, models: Sequence[nn.Module]) -> Iterator[Seg
     Raises:
         CannotFuse: an adapter that is more than plain LoRA.
     """
-    segments, changed = Segments(), []
+    device = next(base.parameters()).device
+    segments, changed = Segments(grouped=grouped_lora.is_to_be_used(device)), []
     try:
         for path, adapters in _adapters(models).items():
             layer = base.get_submodule(path)
             before = layer.__dict__.get("forward")
             changed.append((layer, before))
-            layer.forward = functools.partial(_forward, layer, layer.forward, adapters, segments)
+            scalings_M = torch.tensor([adapter[2] if adapter else 0.0 for adapter in adapters], device=device)
+            layer.forward = functools.partial(_forward, layer, layer.forward, adapters, scalings_M, segments)
         yield segments
     finally:
         for layer, before in changed:
@@ -102,6 +119,7 @@ def _forward(
     layer: Any,
     base: Callable[[torch.Tensor], torch.Tensor],
     adapters: list[Adapter | None],
+    scalings_M: torch.Tensor,
     segments: Segments,
     x: torch.Tensor,
 ) -> torch.Tensor:
@@ -121,7 +139,13 @@ def _forward(
         y_NO = base(x_NI)
         if matrices:
             with torch.autocast(x.device.type, enabled=False):  # everything is in the dtype of y from here
-                y_NO = _SegmentDeltas.apply(y_NO, x_NI.to(y_NO.dtype), bounds, scalings, *matrices)
+                x_NI = x_NI.to(y_NO.dtype)
+                if segments.grouped and grouped_lora.takes(x_NI, y_NO):
+                    present = [p for p, scaling in enumerate(scalings) if scaling is not None]
+                    scalings_P = scalings_M[segments.members_P]
+                    y_NO = grouped_lora.GroupedDeltas.apply(y_NO, x_NI, segments.ends_P, scalings_P, present, *matrices)
+                else:
+                    y_NO = _SegmentDeltas.apply(y_NO, x_NI, bounds, scalings, *matrices)
     return y_NO.view(*x.shape[:-1], y_NO.shape[-1])
 
 
@@ -162,10 +186,10 @@ class _SegmentDeltas(torch.autograd.Function):
             if scaling is not None:
                 inner_NR, low_RI, low_OR = next(inners), next(low), next(low)
                 part_NO = to_y_NO[first:last]
-                to_inner_NR = (part_NO @ low_OR).mul_(scaling)
+                to_inner_NR = scaled_product(part_NO, low_OR, scaling)
                 if to_x_NI is not None:
                     torch.mm(to_inner_NR, low_RI, out=to_x_NI[first:last])
-                to_matrices += [to_inner_NR.t() @ x_NI[first:last], (part_NO.t() @ inner_NR).mul_(scaling)]
+                to_matrices += [to_inner_NR.t() @ x_NI[first:last], scaled_product(part_NO.t(), inner_NR, scaling)]
         cast = [gradient.to(dtype) for gradient, dtype in zip(to_matrices, ctx.dtypes, strict=True)]
         return to_y_NO, to_x_NI, None, None, *cast
 
@@ -209,6 +233,6 @@ class _FoldedSegments(torch.autograd.Function):
                 torch.mm(part_NO, sum_OI, out=to_x_NI[first:last])
             if scaling is not None:
                 A_RI, B_OR = next(matrices), next(matrices)
-                to_sum_OI = (part_NO.t() @ x_NI[first:last]).mul_(scaling)
+                to_sum_OI = scaled_product(part_NO.t(), x_NI[first:last], scaling)
                 to_matrices += [B_OR.t() @ to_sum_OI, to_sum_OI @ A_RI.t()]
         return to_x_NI, None, None, None, *to_matrices
