@@ -61,7 +61,7 @@ def packed_sdpa(
         raise NotImplementedError(f"packed attention knows no {wanted[0] if wanted else 'attention mask'}")
     longest = max_length_q or query_1HND.shape[2]  # at least
     is_windowed = longest > (sliding_window or longest)
-    if not dropout and not is_windowed and native_attention.takes(query_1HND, key_1HND, value_1HND):
+    if not dropout and not is_windowed and native_attention.takes(query_1HND, key_1HND, value_1HND, longest):
         scale = query_1HND.shape[-1] ** -0.5 if scaling is None else scaling
         return native_attention.attend(query_1HND, key_1HND, value_1HND, cu_seq_lens_q, scale), None
     has_groups = query_1HND.shape[1] != key_1HND.shape[1]
