@@ -23,19 +23,24 @@ class Clock:
     """
 
     def __init__(self, work: Work, tokens: list[int], started: float):
-        self.work, self.tokens, self.started = work, tokens, started
+        self.work, self.tokens = work, tokens
         self.skipped = min(WARMUP_STEPS, len(tokens) - 1)
-        self.setup: float | None = None
+        self.before: int | None = None
         self.step = self.measured = 0
-        self.seconds = self.cpu_seconds = 0.0
+        self.setup = self.seconds = self.cpu_seconds = 0.0
+        self.last = started, 0.0
+
+    def watch_memory(self) -> None:
+        """What is there now is not the steps'; else it is what is there at the first of them."""
+        self.before = self._memory("VmRSS")
+        self._forget_peak()
 
     def begin(self) -> None:
-        """Before the first step of a training."""
-        if self.setup is None:
-            self.setup = time.perf_counter() - self.started
-            self.before = self._memory("VmRSS")
-            self._forget_peak()
+        """Before the first step of a training. The time since the one before is set-up too."""
+        if self.before is None:
+            self.watch_memory()
         self.step = 0
+        self.setup += time.perf_counter() - self.last[0]
         self.last = time.perf_counter(), time.process_time()
 
     def tick(self) -> None:
@@ -54,6 +59,7 @@ class Clock:
 
     def result(self, curves: list[list[float]]) -> dict[str, Any]:
         """Curves: of each adapter, the losses of windows of `WINDOW` steps."""
+        assert self.before is not None
         peak, speed = self._memory("VmHWM"), self.measured / self.seconds
         ends = [loss for curve in curves for loss in curve[-5:]]
         return {
@@ -153,6 +159,8 @@ def one_by_one(work: Work, folder: Path, started: float) -> dict[str, Any]:
     """Each adapter alone, one after another; of a work with one adapter, ours."""
     trainings = Trainings(work, folder)
     clock, curves = Clock(work, trainings.tokens, started), []
+    if work.ranks:
+        clock.watch_memory()  # the adapters count
     for rank, rate in work.adapters:
         progress = trainings.trainer(rank, rate, clock.begin, clock.tick).run()
         curves.append(windows(progress.losses))
@@ -168,13 +176,16 @@ def together(work: Work, folder: Path, started: float) -> dict[str, Any]:
     trainings = Trainings(work, folder)
     *others, last = work.adapters
     clock = Clock(work, [len(work.adapters) * tokens for tokens in trainings.tokens], started)
+    clock.watch_memory()
     members = [Fused(trainings.trainer(*adapter, _nothing, _nothing)) for adapter in others]
     members.append(Fused(trainings.trainer(*last, clock.begin, clock.tick)))
-    FusedTrainer(trainings.base, members, progress_bar=False).run()
+    group = FusedTrainer(trainings.base, members, progress_bar=False)
+    group.run()
     for member in members:
         if member.error is not None:
             raise member.error
-    return clock.result([windows(member.trainer.progress.losses) for member in members])
+    way = {"grouped": group.segments.grouped, "adapters_a_forward": group.members_a_forward}
+    return clock.result([windows(member.trainer.progress.losses) for member in members]) | way
 
 
 def _nothing() -> None:

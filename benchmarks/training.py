@@ -27,6 +27,7 @@ the same base in memory; tokens are those of all adapters:
 
 import argparse
 import json
+import logging
 import statistics
 import subprocess
 import sys
@@ -51,6 +52,7 @@ def main() -> int:
     if unknown := sorted(set(options.works) - set(WORKS)):
         parser.error(f"unknown work {', '.join(unknown)}; there are {', '.join(WORKS)}")
     if options.side:
+        logging.basicConfig(level=logging.WARNING, format="warning: %(message)s")
         print(json.dumps(SIDES[options.side](WORKS[options.works[0]], options.folder, time.perf_counter())))
         return 0
     results = {}
@@ -74,6 +76,8 @@ def compare(name: str, folder: Path, rounds: int) -> dict[str, list[dict[str, An
             done = subprocess.run(command, capture_output=True, text=True, timeout=1800, check=False)
             if done.returncode:
                 sys.exit(f"{name}, {side}: failed\n{done.stdout[-2000:]}{done.stderr[-4000:]}")
+            warnings = [line for line in done.stderr.splitlines() if line.startswith("warning: ")]
+            print(*(f"{name}, {side}: {line}" for line in warnings), sep="\n", end="\n" * bool(warnings))
             found[side].append(json.loads(done.stdout.strip().splitlines()[-1]))
     return found
 
@@ -88,6 +92,8 @@ def print_result(name: str, found: dict[str, list[dict[str, Any]]]) -> None:
             f"{side:10}{run['tokens_per_second']:>10,.0f}{run['tokens_per_cpu_second']:>10,.0f}{run['setup_seconds']:>10.1f}{run['loss']:>10.4f}"
             f"{run['step_bytes'] / 2**20:>10,.0f}{run['peak_bytes'] / 2**20:>10,.0f}"
             + (f"  {100 * run['utilisation']:.0f} % of peak FLOPs" if run["utilisation"] else "")
+            + (f"  {run['adapters_a_forward']} adapters a forward" if "adapters_a_forward" in run else "")
+            + ("  grouped" if run.get("grouped") else "")
         )
     pairs = zip(found[ours], found[peer], strict=True)
     ratios = sorted(a["tokens_per_second"] / b["tokens_per_second"] for a, b in pairs)

@@ -174,9 +174,10 @@ class FusedTrainer:
         cuts = [micro_batch_rows(split, s.rows, s.member.trainer.progress.micro_batch_size) for s in steps]
         for pieces in itertools.zip_longest(*cuts, fillvalue=()):
             present = [i for i, rows in enumerate(pieces) if rows]
-            nats_S = self._nats([(steps[i].member, list(pieces[i])) for i in present], split)
             counts = [int(split.num_supervised[list(pieces[i])].sum()) for i in present]
-            shares_S = torch.from_numpy(np.repeat([1 / steps[i].num_tokens for i in present], counts)).to(nats_S)
+            shares = np.repeat([1 / steps[i].num_tokens for i in present], counts)
+            shares_S = torch.from_numpy(shares).to(losses_M)  # before the forward pass, for which a copy would wait
+            nats_S = self._nats([(steps[i].member, list(pieces[i])) for i in present], split)
             self.accelerator.backward((nats_S * shares_S).sum())
             sums = [part.sum() for part in nats_S.detach().split(counts)]
             for i, nats in zip(present, sums, strict=True):

@@ -27,8 +27,9 @@ from pipeline.errors import PipelineError
 
 logger = logging.getLogger(__name__)
 DTYPES = (torch.float32, torch.bfloat16)
-WIDEST = 64  # heads; torch's kernel is as fast for wider ones, but for
-WIDEST_SHORT, SHORT = 128, 192  # heads in bfloat16 in rows under this length, from which on torch takes larger blocks
+WIDEST = 64  # heads; torch's kernel is as fast for wider ones
+WIDEST_IN_SHORT = 128  # in bfloat16, rows of under SHORT tokens
+SHORT = 192  # from there on torch takes larger blocks
 SOURCE = Path(__file__).with_suffix(".c")
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-strict-aliasing", "-fPIC", "-shared", "-Wno-psabi")
 COMPILE_SECONDS = 120
@@ -39,14 +40,18 @@ class CannotCompile(PipelineError):
 
 
 def takes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, longest: int | None = None) -> bool:
-    """Whether attention of these heads, [B, H or G, N, D], is done here. Longest: row; None: all have N tokens."""
+    """Whether attention of these heads, [B, H or G, N, D], is done here.
+
+    Args:
+        longest: number of tokens of the longest row; None: N.
+    """
     # under autocast torch's own attention turns fp32 into the lower precision
     is_fp32_of_autocast = query.dtype is torch.float32 and torch.is_autocast_enabled("cpu")
     is_ours = query.dtype is key.dtype is value.dtype and query.dtype in DTYPES and not is_fp32_of_autocast
     batch, heads, tokens, width = query.shape
     has_shape = key.shape == value.shape == (batch, key.shape[1], tokens, width) and heads % key.shape[1] == 0
     is_short = query.dtype is torch.bfloat16 and (longest or tokens) < SHORT
-    fits = query.device.type == "cpu" and 0 < width <= (WIDEST_SHORT if is_short else WIDEST)
+    fits = query.device.type == "cpu" and 0 < width <= (WIDEST_IN_SHORT if is_short else WIDEST)
     return is_ours and has_shape and fits and _library(width, query.dtype) is not None
 
 

@@ -43,17 +43,19 @@ class Segments:
     Attributes:
         pieces: adapter and number of tokens; to be laid out before each forward.
         grouped: the GPU takes all of them in one product.
-        members_P, ends_P: the same on the device: adapters, and where their tokens end, int32.
+        members_P, ends_P: the same on the device: adapters, int64, and where their tokens end, int32.
     """
 
     pieces: list[tuple[int, int]] = field(default_factory=list)
     grouped: bool = False
+    members_P: torch.Tensor = field(init=False)
+    ends_P: torch.Tensor = field(init=False)
 
     def lay_out(self, pieces: list[tuple[int, int]], device: torch.device) -> None:
         self.pieces = pieces
         members, lengths = zip(*pieces, strict=True)
-        both = torch.tensor([members, list(itertools.accumulate(lengths))], dtype=torch.int32)
-        self.members_P, self.ends_P = both.to(device)
+        both = torch.tensor([members, list(itertools.accumulate(lengths))], device=device)
+        self.members_P, self.ends_P = both[0], both[1].to(torch.int32)
 
     def bounds(self, num_tokens: int) -> list[tuple[int, int, int]]:
         """Adapter, first token and the one after the last. Raises: CannotFuse: they are not the layer's tokens."""
@@ -140,8 +142,9 @@ def _forward(
         if matrices:
             with torch.autocast(x.device.type, enabled=False):  # everything is in the dtype of y from here
                 x_NI = x_NI.to(y_NO.dtype)
-                if segments.grouped and grouped_lora.takes(x_NI, y_NO):
-                    present = [p for p, scaling in enumerate(scalings) if scaling is not None]
+                present = [p for p, scaling in enumerate(scalings) if scaling is not None]
+                ranks = [len(A_RI) for A_RI in matrices[::2]]
+                if segments.grouped and grouped_lora.takes(x_NI, y_NO, ranks, len(scalings)):
                     scalings_P = scalings_M[segments.members_P]
                     y_NO = grouped_lora.GroupedDeltas.apply(y_NO, x_NI, segments.ends_P, scalings_P, present, *matrices)
                 else:

@@ -140,11 +140,12 @@ def test_each_adapter_is_the_one_trained_alone(tiny_llama, make_split, monkeypat
 def test_in_one_product_for_all_adapters_each_is_the_one_trained_alone(tiny_llama, make_split, monkeypatch) -> None:
     """As on a GPU that has such a kernel; in bfloat16, whose rounding a large epsilon keeps Adam from blowing up."""
     taken, takes, base = [], grouped_lora.takes, tiny_llama.bfloat16()
+    points = [["lora.r=12", "lora=attention"], ["lora.r=8", "lora=mlp"], POINTS[2], ["lora.r=16", "train.seed=2"]]
     changes = {"mixed_precision": Dtype.bfloat16, "adam_epsilon": 1.0, "learning_rate": 1.0}
     monkeypatch.setattr(grouped_lora, "is_to_be_used", lambda device: True)
     monkeypatch.setattr(grouped_lora, "takes", lambda *tensors: taken.append(takes(*tensors)) or taken[-1])
-    alone = [train_alone(base, make_split, point, **changes)[0] for point in POINTS]
-    group, losses = train_together(base, make_split, **changes)
+    alone = [train_alone(base, make_split, point, **changes)[0] for point in points]
+    group, losses = train_together(base, make_split, points, **changes)
     assert set(taken) == {True}
     for member, found, expected in zip(group.members, losses, alone, strict=True):
         assert member.error is None

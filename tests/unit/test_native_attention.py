@@ -57,7 +57,9 @@ def check(heads: tuple[int, int], width: int, length: int, dtype: torch.dtype) -
     exact = [tensor.detach().float().requires_grad_() for tensor in ours]
     expected = with_gradients(torchs(*exact), exact)
     assert all(tensor.dtype is dtype for tensor in found)
-    tolerance = {"rtol": 1e-5, "atol": 3e-5} if dtype is torch.float32 else {"rtol": 2e-2, "atol": 1e-3 * max(50, width)}
+    tolerance = (
+        {"rtol": 1e-5, "atol": 3e-5} if dtype is torch.float32 else {"rtol": 2e-2, "atol": 1e-3 * max(50, width)}
+    )
     for mine, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(mine.float(), theirs, **tolerance)
 
