@@ -1,6 +1,7 @@
 """Attention in C against torch's own."""
 
 import logging
+import math
 import shutil
 
 import pytest
@@ -145,6 +146,24 @@ def test_rows_without_tokens() -> None:
     expected = attend(*heads, torch.tensor([0, 4, 9]).int(), SCALE)
     assert torch.equal(attend(*heads, torch.tensor([0, 0, 4, 4, 9, 9]), SCALE), expected)
     assert attend(*make_heads(0, 5, (2, 2), 8), None, SCALE).shape == (0, 5, 2, 8)
+
+
+def test_weights_that_would_make_subnormal_products_are_0() -> None:
+    """The last query's weight of the first key is 2^-80 (then 2^-40) of that of the second."""
+    for bits, is_kept in ((40, True), (80, False)):
+        query, key, value = (torch.ones(1, 1, 2, 8) for _ in range(3))
+        key[0, 0, 0] = 1 - bits * math.log(2) / 8
+        heads = [tensor.requires_grad_() for tensor in (query, key, value)]
+        to_last = torch.tensor([0.0, 1.0]).view(1, 2, 1, 1)
+        to_value, exact = (
+            torch.autograd.grad((output * to_last).sum(), heads[2])[0][0, 0, 0]
+            for output in (
+                attend(*heads, None, 1.0),
+                F.scaled_dot_product_attention(*heads, is_causal=True, scale=1.0).transpose(1, 2),
+            )
+        )
+        assert bool(exact.all())
+        assert bool(to_value.any()) is is_kept
 
 
 def test_what_would_be_read_beyond_its_end_is_refused() -> None:
