@@ -30,12 +30,13 @@ def test_a_wrong_kernel_is_found(monkeypatch, dimensions: tuple[int, int]) -> No
     assert largest_difference(CPU) > TOLERANCE
 
 
-def test_a_kernel_that_carries_nan_into_other_segments_is_found(monkeypatch) -> None:
+@pytest.mark.parametrize("tokens", [{128, 1008}, {128}, {1008}])  # of the trials
+def test_a_kernel_that_carries_nan_into_other_segments_is_found(monkeypatch, tokens: set[int]) -> None:
     right = grouped_lora.grouped_mm
 
     def wrong(a: torch.Tensor, b: torch.Tensor, offs: torch.Tensor) -> torch.Tensor:
         result = right(a, b, offs=offs)
-        return result + 0 * b.sum() if b.dim() == 2 else result
+        return result + 0 * b.sum() if b.dim() == 2 and len(b) in tokens else result
 
     monkeypatch.setattr(grouped_lora, "grouped_mm", wrong)
     assert not largest_difference(CPU) < TOLERANCE
