@@ -135,6 +135,15 @@ def load_split(folder: Path, name: str) -> Split:
     Raises:
         DataError: the file is missing or is not such a split.
     """
+    return Split(_read_table(folder, name), name)
+
+
+def count_rows(folder: Path, name: str) -> int:
+    """The rows of `folder/name.arrow`. Raises: DataError: as `load_split`."""
+    return int(_read_table(folder, name).num_rows)
+
+
+def _read_table(folder: Path, name: str) -> pa.Table:
     path = folder / f"{name}.arrow"
     try:
         with pa.memory_map(str(path)) as source:
@@ -149,4 +158,4 @@ def load_split(folder: Path, name: str) -> Split:
         raise DataError(
             f"{path}: has columns {table.schema.names}, expected {SCHEMA.names}. Run `dvc repro --force prepare`."
         )
-    return Split(table, name)
+    return table

@@ -240,12 +240,42 @@ def try_attention(device: str) -> Iterator[Finding]:
         yield Finding("ok", f"compiled, within {distance:.0e} of torch's")
 
 
+def try_layers(device: str) -> Iterator[Finding]:
+    """A Llama's norms, SwiGLU and rotary embeddings in C against torch's, with their gradients."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from pipeline import native_layers
+
+    if device != "cpu":
+        return
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"vocab_size": 16, "hidden_size": 40, "intermediate_size": 72, "num_attention_heads": 5}
+    model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=1, **sizes)).requires_grad_(False)
+    inputs_BNX = torch.randn(2, 9, 40, requires_grad=True)
+
+    def computed() -> torch.Tensor:
+        logits_BNV = model(inputs_embeds=inputs_BNX, use_cache=False).logits
+        (gradient_BNX,) = torch.autograd.grad((logits_BNV**2).sum(), inputs_BNX)
+        return torch.cat([logits_BNV, gradient_BNX / gradient_BNX.abs().max()], dim=-1)
+
+    with native_layers.native_layers(model) as number:
+        found = computed()
+    if not number:
+        yield Finding("warn", "norms, SwiGLU and rotary embeddings are torch's: no C compiler", "see attention above")
+    elif not (distance := float((found - computed()).detach().abs().max())) < 1e-5:
+        yield Finding("fail", f"compiled layers are off by {distance:.1e}", "set CC to another C compiler")
+    else:
+        yield Finding("ok", f"norms, SwiGLU, rotary embeddings compiled, within {distance:.0e} of torch's")
+
+
 TRIALS: dict[str, Callable[[str], Iterator[Finding]]] = {
     "torch": try_torch,
     "bitsandbytes": try_bitsandbytes,
     "8-bit optimizer": try_optimizer,
     "peft": try_peft,
     "attention": try_attention,
+    "layers": try_layers,
 }
 
 if __name__ == "__main__":

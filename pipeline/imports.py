@@ -11,12 +11,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("pipeline", "stages")
+C_SUFFIXES = (".c", ".h")
 
 
 def imported_files(module: str) -> list[Path]:
     """Project files that `module` imports, itself first, transitively, also inside functions; relative, sorted.
 
-    With a module comes the C source of its name, if there is one.
+    With a module comes the C source or header of its name, if there is one.
     """
     found: dict[str, Path] = {}
     sources: list[Path] = []
@@ -27,8 +28,8 @@ def imported_files(module: str) -> list[Path]:
         if path is None or name in found:
             continue
         found[name] = path.relative_to(ROOT)
-        if path.with_suffix(".c").exists():
-            sources.append(path.with_suffix(".c").relative_to(ROOT))
+        beside = (path.with_suffix(suffix) for suffix in C_SUFFIXES)
+        sources += [source.relative_to(ROOT) for source in beside if source.exists()]
         queue += _imports(path)
     return sorted([*found.values(), *sources])
 
@@ -64,7 +65,7 @@ def code_hash(module: str) -> str:
 @functools.cache
 def _what_it_does(path: Path) -> str:
     text = path.read_text(encoding="utf-8")
-    if path.suffix == ".c":
+    if path.suffix in C_SUFFIXES:
         return " ".join(re.sub(r"//.*", "", text).split())
     tree = ast.parse(text)
     for node in ast.walk(tree):
@@ -84,7 +85,7 @@ def with_code_deps(dvc_yaml: str) -> str:
             stage = header[1]
         if not line.startswith("      "):
             section = line.strip().partition(":")[0]
-        if section == "deps" and re.fullmatch(r"      - (pipeline|stages)/\S+\.(py|c)", line):
+        if section == "deps" and re.fullmatch(r"      - (pipeline|stages)/\S+\.(py|c|h)", line):
             continue
         lines.append(line)
     return "\n".join(lines[:-1]) + "\n"

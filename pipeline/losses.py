@@ -23,6 +23,7 @@ from pipeline.batching import Batch, collate, rows_by_length
 from pipeline.dataset import Split
 from pipeline.errors import DataError
 from pipeline.fused_lora import fused_lora
+from pipeline.native_layers import native_layers
 from pipeline.packing import agree, eval_mode, inner_model, model_inputs, packed_attention, probe_batch
 from pipeline.ranks import ALONE, Ranks
 
@@ -65,7 +66,7 @@ def plan_forward(model: torch.nn.Module, chunked: bool = True) -> Iterator[Forwa
     Args:
         chunked: the output head may be called outside the model's forward, by one process more often than by another.
     """
-    with fused_lora(model), packed_attention(model) as packed:
+    with native_layers(inner_model(model)), fused_lora(model), packed_attention(model) as packed:
         yield ForwardPlan(packed, chunked and _chunks_agree(inner_model(model), packed))
 
 

@@ -33,6 +33,7 @@ from pipeline.lora import attach_adapter, resolve_target_modules, target_layers
 from pipeline.losses import CHUNK_ELEMENTS, ForwardPlan, supervised_loss
 from pipeline.memory_setup import Setup
 from pipeline.memory_states import base_dtype
+from pipeline.native_layers import native_layers
 from pipeline.new_tokens import mark_new_rows
 from pipeline.optimizers import freeze_unused
 from pipeline.runtime import torch_dtype
@@ -185,7 +186,8 @@ def _forwards(model: Any, setup: Setup, packs: bool) -> Iterator[tuple[LiveBytes
         inner.config._attn_implementation = packing.NAME if setup.device == "cpu" else CUDA_ATTENTION
     is_int8 = setup.keeps_quantized and setup.quantization.method is QuantizationMethod.int8
     counter = LiveBytes(model.parameters(), _most_supervised(inner.config.vocab_size))
-    with model.fake_mode, nullcontext() if is_int8 else fused_lora(model), counter:
+    in_c = native_layers(inner) if setup.device == "cpu" else nullcontext()
+    with in_c, model.fake_mode, nullcontext() if is_int8 else fused_lora(model), counter:
         yield counter, ForwardPlan(packed=packs, chunked=True)
 
 

@@ -1,22 +1,15 @@
-// Causal attention of heads of WIDTH numbers and its gradient; see native_attention.py. GNU C for its vectors.
+// Causal attention of heads of WIDTH numbers and its gradient; see native_attention.py.
 //
 // A vector holds one number of each of 16 queries (or keys); the other side comes four keys (or queries) at a time, so
 // that what is loaded serves four products. Weights are powers of 2: the scale has log2(e) in it.
 
-#include <math.h>
-#include <omp.h>
-#include <stdint.h>
+#include "native.h"
 
-#define LANES 16
 #define CHUNK 64 // keys whose scores are held at once; a multiple of LANES, so that each query has a key in each chunk
 #define MOST 4   // keys (or queries) at a time
-#define LOG2_E 1.44269504f
-#define INLINE static inline __attribute__((always_inline))
 #define EACH_D for (int d = 0; d < WIDTH; d++)
 #define EACH_U for (int u = 0; u < count; u++)
 
-typedef float floats __attribute__((vector_size(4 * LANES)));
-typedef int32_t ints __attribute__((vector_size(4 * LANES)));
 #ifdef BFLOAT16
 typedef uint16_t number;
 #else
@@ -33,30 +26,6 @@ typedef struct {
     float *data;
     int64_t stride;
 } tokens; // of one head in one row, in float32
-
-static const ints NUMBERS = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-
-INLINE floats all(float x) { return x - (floats){}; }
-
-INLINE floats pick(ints mask, floats yes, floats no) {
-    return (floats)(((ints)yes & mask) | ((ints)no & ~mask));
-}
-
-INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-
-// For x <= 0.5 to 2e-7 of its value; NaN stays NaN. 0 below -64, where a weight is lost in any sum: smaller ones make
-// products that are subnormal, with which a CPU can be ten times slower.
-INLINE floats power_of_2(floats x) {
-    ints whole = __builtin_convertvector(x - 0.5f, ints);
-    floats part = x - __builtin_convertvector(whole, floats);
-    floats sum = 1.54614449e-4f * part + 1.34004280e-3f; // 2^part, interpolated at Chebyshev's nodes
-    sum = sum * part + 9.61805694e-3f;
-    sum = sum * part + 5.55032715e-2f;
-    sum = sum * part + 2.40226507e-1f;
-    sum = sum * part + 6.93147182e-1f;
-    sum = sum * part + 1.0f;
-    return pick(x < -64.0f, (floats){}, sum * (floats)((whole + 127) << 23));
-}
 
 // A weight is at most 1: where rounding gives a score more than the log of the sum, that is it.
 INLINE floats weigh(floats score, floats log) {

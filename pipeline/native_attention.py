@@ -13,17 +13,12 @@ Shape suffixes: B rows of the batch, H heads, G heads of keys and values, N toke
 import ctypes
 import functools
 import logging
-import os
-import shlex
-import shutil
-import subprocess
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from pipeline.errors import PipelineError
+from pipeline.native import CannotCompile, HeadsInC, load_kernel
 
 logger = logging.getLogger(__name__)
 DTYPES = (torch.float32, torch.bfloat16)
@@ -31,12 +26,6 @@ WIDEST = 64  # heads; torch's kernel is as fast for wider ones
 WIDEST_IN_SHORT = 128  # in bfloat16, rows of under SHORT tokens
 SHORT = 192  # from there on torch takes larger blocks
 SOURCE = Path(__file__).with_suffix(".c")
-FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-strict-aliasing", "-fPIC", "-shared", "-Wno-psabi")
-COMPILE_SECONDS = 120
-
-
-class CannotCompile(PipelineError):
-    """This machine has no compiler for the kernel."""
 
 
 def takes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, longest: int | None = None) -> bool:
@@ -83,7 +72,7 @@ def _forward(
     output, logs = _results(query)
     ends, room = _int32(ends), _room(query, ends, num_heads=4)
     _library(query.shape[-1], query.dtype).forward(
-        *map(_Tensor.of, (*heads, output.transpose(1, 2))), logs.data_ptr(), *_shape(query, key, ends, scale, room)
+        *map(HeadsInC.of, (*heads, output.transpose(1, 2))), logs.data_ptr(), *_shape(query, key, ends, scale, room)
     )
     return output, logs
 
@@ -115,8 +104,8 @@ def _backward(
     products = torch.empty_like(logs)
     ends, room = _int32(ends), _room(query, ends, num_heads=8)
     _library(query.shape[-1], query.dtype).backward(
-        *map(_Tensor.of, heads), logs.data_ptr(), *_shape(query, key, ends, scale, room),
-        *map(_Tensor.of, to_heads), products.data_ptr(),
+        *map(HeadsInC.of, heads), logs.data_ptr(), *_shape(query, key, ends, scale, room),
+        *map(HeadsInC.of, to_heads), products.data_ptr(),
     )  # fmt: skip
     return to_query, to_key, to_value
 
@@ -176,16 +165,6 @@ def _shape(
     return *rows, heads, key.shape[1], tokens, threads, scale, room.data_ptr(), room.shape[1]
 
 
-class _Tensor(ctypes.Structure):
-    """[B, heads, N, D] as C reads it: where it begins, and the strides of all but the width."""
-
-    _fields_ = [("data", ctypes.c_void_p), *((name, ctypes.c_int64) for name in ("batch", "head", "token"))]
-
-    @classmethod
-    def of(cls, tensor: torch.Tensor) -> "_Tensor":
-        return cls(tensor.data_ptr(), *tensor.stride()[:3])
-
-
 @functools.cache
 def _library(width: int, dtype: torch.dtype) -> Any:
     """The kernel for such heads; None, with a warning, where it cannot be compiled."""
@@ -199,22 +178,8 @@ def _library(width: int, dtype: torch.dtype) -> Any:
 @functools.cache
 def compile_kernel(width: int, dtype: torch.dtype) -> Any:
     """The C functions for heads of this width. Raises: CannotCompile."""
-    compiler = os.environ.get("CC") or shutil.which("cc") or "gcc"
-    defines = [f"-DWIDTH={width}", *(["-DBFLOAT16"] if dtype is torch.bfloat16 else [])]
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            library = Path(folder) / "attention.so"
-            command = [*shlex.split(compiler), *FLAGS, *defines, "-o", str(library), str(SOURCE), "-lm"]
-            subprocess.run(command, check=True, capture_output=True, text=True, timeout=COMPILE_SECONDS)
-            loaded = ctypes.CDLL(str(library))
-    except (OSError, ValueError, subprocess.SubprocessError) as error:
-        lines = (str(getattr(error, "stderr", None) or error).strip() or "no reason given").splitlines()
-        said = next((line for line in lines if "error" in line), lines[0])
-        raise CannotCompile(
-            f"it cannot be compiled ({compiler}: {said}). Install gcc with OpenMP, or name a C compiler in the "
-            "environment variable CC."
-        ) from error
-    tensors, sizes = [_Tensor] * 4, [ctypes.c_int64] * 4
+    loaded = load_kernel(SOURCE, [f"-DWIDTH={width}", *(["-DBFLOAT16"] if dtype is torch.bfloat16 else [])])
+    tensors, sizes = [HeadsInC] * 4, [ctypes.c_int64] * 4
     inputs = [*tensors, ctypes.c_void_p, ctypes.c_void_p, *sizes, ctypes.c_int, ctypes.c_float]
     inputs += [ctypes.c_void_p, ctypes.c_int64]
     loaded.forward.argtypes, loaded.forward.restype = inputs, None

@@ -4,14 +4,15 @@ import dataclasses
 import logging
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pipeline import store, tracking
 from pipeline.files import hash_once, read_json, write_json
 from pipeline.imports import code_hash
 from pipeline.points import Point, State, Sweep
 from pipeline.project_models import ProjectModels
-from pipeline.shared_results import make_once
+from pipeline.schema import EvaluateConfig
+from pipeline.shared_results import is_being_made, make_once
 from pipeline.stored_evaluation import find_measured, measure, write_evaluation
 from pipeline.stored_training import OnEvent, Training, check_inputs, finished, want, write_training
 from pipeline.tracking_sweeps import tag_point
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 CONTAMINATION = "contamination.jsonl"
+OVERLAP = "contamination"  # its kind among shared results
 
 
 def workspace_of(point: Point) -> Workspace:
@@ -72,6 +74,8 @@ def evaluate_point(point: Point, device: "torch.device") -> bool:
     """
     workspace = workspace_of(point)
     project, processed = ProjectModels(point.config, workspace, device), workspace.input(PROCESSED)
+    if not is_being_made(OVERLAP, _overlap_inputs(point.config.evaluate, processed)):
+        _contamination(point, processed)  # at first, so that no other worker waits for it in the end
     models, is_new = measure(project, processed)
     write_evaluation(project, workspace, models, _contamination(point, processed), {})
     return is_new
@@ -86,11 +90,15 @@ def _contamination(point: Point, processed: Path) -> dict[str, int]:
 
         write_json(folder / "metrics.json", measure_contamination(processed, evaluate, folder / CONTAMINATION))
 
-    inputs = {
+    found = make_once(OVERLAP, _overlap_inputs(evaluate, processed), make)
+    shutil.copy2(found / CONTAMINATION, workspace_of(point).output(f"reports/evaluate/{CONTAMINATION}"))
+    return dict(read_json(found / "metrics.json"))
+
+
+def _overlap_inputs(evaluate: EvaluateConfig, processed: Path) -> dict[str, Any]:
+    """What decides the test rows' overlap with the training rows."""
+    return {
         "rows": [hash_once(processed / f"{split}.arrow") for split in ("train", "test")],
         "settings": [evaluate.max_rows, evaluate.contamination_ngram, evaluate.contamination_share],
         "code": code_hash("pipeline.evaluation"),
     }
-    found = make_once("contamination", inputs, make)
-    shutil.copy2(found / CONTAMINATION, workspace_of(point).output(f"reports/evaluate/{CONTAMINATION}"))
-    return dict(read_json(found / "metrics.json"))

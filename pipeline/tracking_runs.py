@@ -101,7 +101,7 @@ def describe_params(params: Mapping[str, Any]) -> str:
 
 def describe_datasets(config: RunConfig, processed: Path) -> list[dict[str, Any]]:
     """One entry a processed split that is there: name, digest of its content, context, num_rows, source."""
-    from pipeline.dataset import load_split
+    from pipeline.dataset import count_rows
 
     source = config.data.hub_id or config.data.path
     name = Path(source).stem
@@ -115,7 +115,7 @@ def describe_datasets(config: RunConfig, processed: Path) -> list[dict[str, Any]
                     "name": Path(of_split).stem if split == "general" else f"{name}-{split}",
                     "digest": hash_once(path)[:16],
                     "context": context,
-                    "num_rows": len(load_split(processed, split)),
+                    "num_rows": count_rows(processed, split),
                     "source": of_split,
                 }
             )

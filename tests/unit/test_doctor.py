@@ -33,6 +33,7 @@ from pipeline import (
     doctor_project,
     doctor_refusal,
     native_attention,
+    native_layers,
 )
 from pipeline import doctor_services as services
 from pipeline.bnb import bnb
@@ -285,6 +286,22 @@ def test_attention_is_compiled_right_or_said_to_be_torchs(monkeypatch) -> None:
     (finding,) = doctor_device.try_attention("cpu")
     assert finding.status == "warn"
     assert "/nowhere/cc" in finding.found
+
+
+def test_layers_are_compiled_right_or_said_to_be_torchs(monkeypatch) -> None:
+    (finding,) = doctor_device.try_layers("cpu")
+    assert finding.status == "ok"
+    assert not list(doctor_device.try_layers("cuda"))
+    with monkeypatch.context() as patch:
+        call = native_layers._call
+        patch.setattr(
+            native_layers, "_call", lambda name, *given: None if name == "swiglu_backward" else call(name, *given)
+        )
+        (finding,) = doctor_device.try_layers("cpu")
+        assert finding.status == "fail"
+    monkeypatch.setattr(native_layers, "_library", lambda: None)
+    (finding,) = doctor_device.try_layers("cpu")
+    assert finding.status == "warn"
 
 
 def test_a_trial_that_raises_is_a_finding_and_the_next_ones_run(monkeypatch, capsys) -> None:
