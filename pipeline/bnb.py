@@ -20,6 +20,7 @@ logger = logging.getLogger(__name__)
 
 
 def _compile_later(compile_now: Callable[..., Any], function: Callable[..., Any], **options: Any) -> Any:
+    """The function as `compile_now` makes it, which is asked at the first call."""
     compiled = functools.cache(lambda: compile_now(function, **options))
     return functools.wraps(function)(lambda *args, **kwargs: compiled()(*args, **kwargs))
 
@@ -31,8 +32,8 @@ def _import_without_download() -> ModuleType:
     That is code without a pinned revision, and fails offline; nothing here needs it. The warning about its absence is
     held back too.
 
-    It decorates four functions with `torch.compile`, which imports the compiler: 0.9 of the 4.1 seconds that a training
-    takes to start. Here each is compiled at its first call.
+    It decorates four functions with `torch.compile`, which imports inductor: 0.9 of the 4.1 seconds that a training
+    takes to import everything. Here each is compiled at its first call.
     """
     held = sys.modules.get("kernels")
     noise = logging.getLogger("bitsandbytes.backends.cpu.ops")

@@ -262,7 +262,8 @@ def try_layers(device: str) -> Iterator[Finding]:
     with native_layers.native_layers(model) as number:
         found = computed()
     if not number:
-        yield Finding("warn", "norms, SwiGLU and rotary embeddings are torch's: no C compiler", "see attention above")
+        found_none = "norms, SwiGLU and rotary embeddings are torch's, which takes longer: nothing was compiled"
+        yield Finding("warn", found_none, "install a C compiler with OpenMP (`apt install gcc`), or set CC to one")
     elif not (distance := float((found - computed()).detach().abs().max())) < 1e-5:
         yield Finding("fail", f"compiled layers are off by {distance:.1e}", "set CC to another C compiler")
     else:

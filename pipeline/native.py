@@ -1,7 +1,7 @@
-"""C beside this package, compiled for the machine at hand as `torch.compile` does it: needs a compiler with OpenMP.
+"""What the kernels in C beside this package share: how they are compiled and kept, and how heads are passed to them.
 
-What was compiled is kept in the user's cache (`XDG_CACHE_HOME` or `~/.cache`, under `lora_pipeline`), by the hash of
-everything that decides it; where nothing can be written there, it is compiled for each process.
+They are compiled for the machine at hand as `torch.compile` does it: needs a compiler with OpenMP. What was compiled is
+kept in the user's cache (`XDG_CACHE_HOME` or `~/.cache`, under `lora_pipeline`), by the hash of all that decides it.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -23,7 +23,8 @@ from pipeline.errors import PipelineError
 HEADER = Path(__file__).with_suffix(".h")
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-strict-aliasing", "-fPIC", "-shared", "-Wno-psabi")
 COMPILE_SECONDS = 120
-OF_A_CPU = ("vendor_id", "model name", "flags", "Features", "CPU implementer", "CPU part")  # /proc/cpuinfo's
+CPUINFO = Path("/proc/cpuinfo")
+OF_A_CPU = ("vendor_id", "model name", "flags", "Features", "CPU implementer", "CPU part")
 
 
 class CannotCompile(PipelineError):
@@ -41,17 +42,27 @@ class HeadsInC(ctypes.Structure):
 
 
 def load_kernel(source: Path, defines: Sequence[str] = ()) -> ctypes.CDLL:
-    """The functions of a C file here. Raises: CannotCompile."""
+    """The functions of a C file: as it was kept, or compiled, and kept where that is possible.
+
+    Raises:
+        CannotCompile: there is no compiler, or it fails.
+    """
     compiler = os.environ.get("CC") or shutil.which("cc") or "gcc"
     try:
         command = [*shlex.split(compiler), *FLAGS, *defines]
-        with _folder() as folder:
-            library = folder / f"{source.stem}-{_key(source, command)}.so"
-            if library.exists():
-                with contextlib.suppress(OSError):  # damaged: made again
-                    return ctypes.CDLL(str(library))
-            _compile([*command, str(source), "-lm"], library)
-            return ctypes.CDLL(str(library))
+        kept = _kept(f"{source.stem}-{_key(source, command)}.so")
+        with contextlib.suppress(OSError):  # not there, or no program may be run there
+            if kept is not None and _is_whole(kept.read_bytes()):
+                return ctypes.CDLL(str(kept))
+        with tempfile.TemporaryDirectory() as folder:
+            library = Path(folder) / source.with_suffix(".so").name
+            complete = [*command, "-o", str(library), str(source), "-lm"]
+            subprocess.run(complete, check=True, capture_output=True, text=True, timeout=COMPILE_SECONDS)
+            loaded = ctypes.CDLL(str(library))
+            with contextlib.suppress(OSError):  # a full disk, a home not to be written: made again next time
+                if kept is not None:
+                    _keep(library.read_bytes(), kept)
+            return loaded
     except (OSError, ValueError, subprocess.SubprocessError) as error:
         lines = (str(getattr(error, "stderr", None) or error).strip() or "no reason given").splitlines()
         said = next((line for line in lines if "error" in line), lines[0])
@@ -61,34 +72,34 @@ def load_kernel(source: Path, defines: Sequence[str] = ()) -> ctypes.CDLL:
         ) from error
 
 
-def _compile(command: Sequence[str], library: Path) -> None:
-    """All at once: another process may look for it."""
-    handle, unfinished = tempfile.mkstemp(suffix=".so", dir=library.parent)
-    os.close(handle)
+def _kept(name: str) -> Path | None:
+    """Where it is kept; None for a user without a home, as in some containers: others could write anywhere else."""
     try:
-        complete = [*command, "-o", unfinished]
-        subprocess.run(complete, check=True, capture_output=True, text=True, timeout=COMPILE_SECONDS)
-        Path(unfinished).replace(library)
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lora_pipeline" / name
+    except RuntimeError:
+        return None
+
+
+def _keep(library: bytes, path: Path) -> None:
+    """With its digest at the end, which a loader does not read: half a library would kill the process."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        unfinished.write_bytes(library + hashlib.sha256(library).digest())
+        unfinished.replace(path)
     finally:
-        Path(unfinished).unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
 
 
-@contextlib.contextmanager
-def _folder() -> Iterator[Path]:
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lora_pipeline"
-    with contextlib.suppress(OSError):
-        folder.mkdir(parents=True, exist_ok=True)
-    if os.access(folder, os.W_OK):
-        yield folder
-    else:
-        with tempfile.TemporaryDirectory() as temporary:
-            yield Path(temporary)
+def _is_whole(kept: bytes) -> bool:
+    size = hashlib.sha256().digest_size
+    return hashlib.sha256(kept[:-size]).digest() == kept[-size:]
 
 
 def _key(source: Path, command: Sequence[str]) -> str:
     """Of the code, the command, the compiler and the processor: a home may be shared by several machines."""
-    cpuinfo, compiler = Path("/proc/cpuinfo"), Path(shutil.which(command[0]) or command[0])
-    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
+    compiler = Path(shutil.which(command[0]) or command[0])
+    lines = CPUINFO.read_text(encoding="utf-8").splitlines() if CPUINFO.exists() else []
     parts = [source.read_bytes(), HEADER.read_bytes(), repr(command).encode(), repr(platform.uname()[4:]).encode()]
     parts += sorted({line.encode() for line in lines if line.startswith(OF_A_CPU)})
     if compiler.exists():

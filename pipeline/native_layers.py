@@ -35,7 +35,8 @@ CLOSE = 1e-5  # rounding
 def native_layers(model: nn.Module) -> Iterator[int]:
     """The model's layers that are known here compute in C while inside, float32 on a CPU; says how many they are.
 
-    A rotation is a function of its architecture's module: all models of that architecture get it for the time.
+    A rotation is a function of its architecture's module: all models of that architecture get it for the time. Several
+    of these end in the reverse order of their beginnings. Outputs are contiguous, whatever the inputs are.
     """
     if next(model.parameters()).device.type != "cpu" or _library() is None:
         yield 0
@@ -99,55 +100,61 @@ def _is_rotation(rotate: Callable[..., Any]) -> bool:
 
 
 def _made_up(*shape: int) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu")
 
 
 @torch.no_grad()
 def _agree(theirs: Callable[[], Any], ours: Callable[[], Any]) -> bool:
-    """Whether both give the same tensors; an architecture's own way fails on what it is not made for."""
+    """Whether both give the same tensors."""
     try:
         expected = theirs()
-    except (AttributeError, TypeError, ValueError, RuntimeError):
+    except Exception:  # an architecture's own way raises anything on what it is not made for
         return False
-    expected = [expected] if isinstance(expected, torch.Tensor) else list(expected)
-    return all(torch.allclose(a, b, rtol=CLOSE, atol=CLOSE) for a, b in zip(ours(), expected, strict=True))
+    expected = list(expected) if isinstance(expected, (tuple, list)) else [expected]
+    found = ours()
+    return len(found) == len(expected) and all(
+        isinstance(b, torch.Tensor) and a.shape == b.shape and a.dtype is b.dtype
+        and torch.allclose(a, b, rtol=CLOSE, atol=CLOSE)
+        for a, b in zip(found, expected, strict=True)
+    )  # fmt: skip
 
 
-def _takes(*tensors: torch.Tensor) -> bool:
-    """Under autocast torch's own way turns some of it into the lower precision."""
-    are_ours = all(t.dtype is torch.float32 and t.device.type == "cpu" for t in tensors)
+def _takes(*tensors: Any) -> bool:
+    """Whether they are all float32 on a CPU. Under autocast torch's own way turns some into the lower precision."""
+    are_ours = all(isinstance(t, torch.Tensor) and t.dtype is torch.float32 and t.device.type == "cpu" for t in tensors)
     return are_ours and not torch.is_autocast_enabled("cpu")
 
 
-def _norm(module: Any, x: torch.Tensor) -> torch.Tensor:
-    is_trained = module.weight.requires_grad and torch.is_grad_enabled()
-    if is_trained or not _takes(x, module.weight):
-        output: torch.Tensor = type(module).forward(module, x)
-        return output
-    output = _Norm.apply(x, module.weight, module.variance_epsilon)
-    return output
+def _norm(module: Any, *inputs: Any, **named: Any) -> Any:
+    weight = module.weight
+    is_trained = weight.requires_grad and torch.is_grad_enabled()
+    if is_trained or named or len(inputs) != 1 or not _takes(*inputs, weight) or weight.shape != inputs[0].shape[-1:]:
+        return type(module).forward(module, *inputs, **named)
+    return _Norm.apply(*inputs, weight, module.variance_epsilon)
 
 
-def _mlp(module: Any, x: torch.Tensor) -> torch.Tensor:
-    gate, up = module.gate_proj(x), module.up_proj(x)
-    inner = _Swiglu.apply(gate, up) if _takes(gate, up) else module.act_fn(gate) * up
-    output: torch.Tensor = module.down_proj(inner)
-    return output
+def _mlp(module: Any, *inputs: Any, **named: Any) -> Any:
+    if named or len(inputs) != 1 or not _takes(*inputs):
+        return type(module).forward(module, *inputs, **named)
+    gate, up = module.gate_proj(*inputs), module.up_proj(*inputs)
+    is_ours = _takes(gate, up) and gate.shape == up.shape
+    return module.down_proj(_Swiglu.apply(gate, up) if is_ours else module.act_fn(gate) * up)
 
 
-def _rotate(
-    own: Callable[..., Any], query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *others: Any,
-    **named: Any,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+def _rotate(own: Callable[..., Any], *inputs: Any, **named: Any) -> Any:
+    if named or len(inputs) != 4 or not _takes(*inputs) or not _fit(*inputs):
+        return own(*inputs, **named)
+    return _Rotate.apply(*inputs)
+
+
+def _fit(query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> bool:
+    """Whether these are heads [B, H, N, D] and the angles of their tokens, [B or 1, N, D]."""
+    if query.ndim != 4 or key.ndim != 4:
+        return False
     batch, _, tokens, width = query.shape
-    angles = ((1, tokens, width), (batch, tokens, width))
-    fits = cos.shape == sin.shape and cos.shape in angles and key.shape[-2:] == query.shape[-2:]
-    is_plain = not others and not named and not cos.requires_grad and not sin.requires_grad
-    if fits and is_plain and _takes(query, key, cos, sin):
-        rotated: tuple[torch.Tensor, torch.Tensor] = _Rotate.apply(query, key, cos, sin)
-    else:
-        rotated = own(query, key, cos, sin, *others, **named)
-    return rotated
+    has_shape = key.shape == (batch, key.shape[1], tokens, width) and width % 2 == 0
+    has_angles = cos.shape == sin.shape and cos.shape in ((1, tokens, width), (batch, tokens, width))
+    return has_shape and has_angles and not cos.requires_grad and not sin.requires_grad
 
 
 class _Norm(torch.autograd.Function):

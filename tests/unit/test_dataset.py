@@ -4,7 +4,7 @@ import datasets
 import numpy as np
 import pytest
 
-from pipeline.dataset import SCHEMA, Example, load_split, write_split
+from pipeline.dataset import SCHEMA, Example, count_rows, load_split, write_split
 from pipeline.errors import DataError
 
 EXAMPLES = [
@@ -17,7 +17,7 @@ EXAMPLES = [
 def test_rows_come_back_as_they_were(tmp_path):
     assert write_split(tmp_path / "train.arrow", EXAMPLES, rows_a_batch=2) == 3
     split = load_split(tmp_path, "train")
-    assert len(split) == 3
+    assert len(split) == count_rows(tmp_path, "train") == 3
     assert split.input_ids(0).tolist() == [1, 5, 6, 2]
     assert split.prompt_ids(0).tolist() == [1, 5]
     assert split.completion_mask(1).tolist() == [1, 1, 1]
@@ -54,6 +54,8 @@ def test_an_empty_split_can_be_read(tmp_path):
 def test_what_is_no_split_is_refused(tmp_path):
     with pytest.raises(DataError, match=r"no such file"):
         load_split(tmp_path, "train")
+    with pytest.raises(DataError, match=r"no such file"):
+        count_rows(tmp_path, "train")
     (tmp_path / "train.arrow").write_bytes(b"something else")
     with pytest.raises(DataError, match=r"not an Arrow stream"):
         load_split(tmp_path, "train")

@@ -47,7 +47,7 @@ def test_a_kernel_is_compiled_once(source, compilations, tmp_path) -> None:
     assert kept.name.startswith("kernel-")
 
 
-@pytest.mark.parametrize("change", ["source", "define", "compiler", "options", "processor", "header"])
+@pytest.mark.parametrize("change", ["source", "define", "compiler", "options", "system", "processor", "header"])
 def test_what_decides_it_has_it_compiled_again(change: str, source, compilations, tmp_path, monkeypatch) -> None:
     answer(source, 1)
     number = 1
@@ -59,8 +59,11 @@ def test_what_decides_it_has_it_compiled_again(change: str, source, compilations
         os.utime(os.environ["CC"], (0, 0))
     if change == "options":
         monkeypatch.setenv("CC", os.environ["CC"] + " -g")
-    if change == "processor":
+    if change == "system":
         monkeypatch.setattr(native.platform, "uname", lambda: ("Linux", "node", "6", "1", "another"))
+    if change == "processor":
+        monkeypatch.setattr(native, "CPUINFO", tmp_path / "cpuinfo")
+        native.CPUINFO.write_text("processor : 0\nflags : fpu avx2\n")
     if change == "header":
         header = tmp_path / "native.h"
         header.write_text("// another\n")
@@ -69,14 +72,42 @@ def test_what_decides_it_has_it_compiled_again(change: str, source, compilations
     assert count(compilations) == 2
 
 
-def test_a_damaged_one_is_made_again(source, compilations, tmp_path, monkeypatch) -> None:
+@pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 0.99])
+def test_a_damaged_one_is_made_again(share: float, source, compilations, tmp_path, monkeypatch) -> None:
+    """Loading half a library would kill the process."""
     answer(source, 1)
     (kept,) = (tmp_path / "cache/lora_pipeline").iterdir()
     damaged = tmp_path / "other/lora_pipeline" / kept.name
     damaged.parent.mkdir(parents=True)
-    damaged.write_bytes(b"half a")
+    whole = kept.read_bytes()
+    damaged.write_bytes(whole[: int(share * len(whole))])
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
     assert answer(source, 1) == 10
+    assert count(compilations) == 2
+    assert native._is_whole(damaged.read_bytes())
+
+
+def test_a_user_without_a_home(source, compilations, monkeypatch) -> None:
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(native.Path, "home", no_home)
+    assert [answer(source, 1), answer(source, 1)] == [10, 10]
+    assert count(compilations) == 2
+
+
+def test_a_folder_whose_programs_may_not_run(source, compilations, monkeypatch, tmp_path) -> None:
+    """As on a home that is mounted so; what was compiled elsewhere is loaded from there."""
+    load = native.ctypes.CDLL
+
+    def refuse(path: str):
+        if path.startswith(str(tmp_path / "cache")):
+            raise OSError(f"{path}: failed to map segment from shared object")
+        return load(path)
+
+    monkeypatch.setattr(native.ctypes, "CDLL", refuse)
+    assert [answer(source, 1), answer(source, 1)] == [10, 10]
     assert count(compilations) == 2
 
 
@@ -90,4 +121,4 @@ def test_what_does_not_compile_leaves_nothing(source, compilations, tmp_path) ->
     source.write_text("no C")
     with pytest.raises(native.CannotCompile, match="error"):
         answer(source, 1)
-    assert not list((tmp_path / "cache/lora_pipeline").iterdir())
+    assert not (tmp_path / "cache").exists()

@@ -69,6 +69,23 @@ def test_each_and_its_gradient(width: int, tokens: int) -> None:
     )  # fmt: skip
 
 
+def test_inputs_and_gradients_of_any_layout() -> None:
+    weight = torch.randn(20)
+    turned, repeated = made(2, 20, 9).transpose(1, 2), made(1, 9, 20).expand(2, 9, 20)
+    for x in (turned, repeated):
+        check(
+            lambda x: layers._Norm.apply(x, weight, 1e-3).transpose(1, 2),
+            lambda x: (weight.double() * x * (x.square().mean(-1, keepdim=True) + 1e-3).rsqrt()).transpose(1, 2),
+            x,
+        )
+        for inputs in ((x, made(2, 9, 20)), (made(2, 9, 20), x)):
+            check(
+                lambda gate, up: layers._Swiglu.apply(gate, up).transpose(0, 2),
+                lambda gate, up: (torch.nn.functional.silu(gate) * up).transpose(0, 2),
+                *inputs,
+            )
+
+
 @pytest.mark.parametrize("width", [2, 8, 20, 64])
 @pytest.mark.parametrize("angles", [1, 2])
 def test_rotation_and_its_gradient(width: int, angles: int) -> None:
@@ -132,24 +149,50 @@ def test_whose_layers_are_known(kind: str, number: int) -> None:
 class OnePlus(modeling_llama.LlamaRMSNorm):
     """As Gemma's, under the names of Llama's."""
 
-    def forward(self, hidden_states):
-        return super().forward(hidden_states) + hidden_states
+    def forward(self, x):
+        return (1 + self.weight) * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon)
+
+
+class Same(modeling_llama.LlamaRMSNorm):
+    def forward(self, x, gate=None):
+        y = self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon)
+        return y if gate is None else y * gate
+
+
+class Pair(modeling_llama.LlamaRMSNorm):
+    def forward(self, x):
+        return x, x
 
 
 class Doubled(modeling_llama.LlamaMLP):
     def forward(self, x):
-        return 2 * super().forward(x)
+        return 2 * self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
 
 
-class Cached(modeling_llama.LlamaMLP):
+class Swapped(modeling_llama.LlamaMLP):
     def forward(self, x):
-        return super().forward(x) * (self.training + 1)
+        assert x.shape[-1] == 24
+        return self.down_proj(self.gate_proj(x) * self.act_fn(self.up_proj(x)))
+
+
+class Fragile(modeling_llama.LlamaMLP):
+    def forward(self, x):
+        assert x.dim() == 3, x.shape[5]
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Precise(modeling_llama.LlamaMLP):
+    """As Beam's."""
+
+    def forward(self, x):
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        return self.down_proj((self.act_fn(gate.float()) * up.float()).to(gate.dtype))
 
 
 def test_what_only_looks_like_them_is_left_alone(monkeypatch) -> None:
     model = make("llama")
-    model.model.norm.__class__, model.model.layers[0].mlp.__class__ = OnePlus, Doubled
-    model.model.layers[1].mlp.__class__ = Cached
+    first, second = model.model.layers
+    model.model.norm.__class__, first.mlp.__class__, second.mlp.__class__ = OnePlus, Doubled, Swapped
     rotate = modeling_llama.apply_rotary_pos_emb
     monkeypatch.setattr(
         modeling_llama, "apply_rotary_pos_emb", lambda q, k, cos, sin: rotate(q, k, cos, -sin)
@@ -159,6 +202,50 @@ def test_what_only_looks_like_them_is_left_alone(monkeypatch) -> None:
         assert number == 4  # the norms before attention and MLP
         computed = logits_and_gradient(model)
     torch.testing.assert_close(computed, expected)
+
+
+def test_a_trial_that_fails_is_no_error() -> None:
+    model = make("llama")
+    model.model.layers[0].mlp.__class__, model.model.layers[0].input_layernorm.__class__ = Fragile, Pair
+    with layers.native_layers(model) as number:
+        assert number == 6
+
+
+def test_a_norm_that_takes_more_gets_it(calls) -> None:
+    model, (x, gate) = make("llama"), torch.randn(2, 2, 3, 24)
+    model.model.norm.__class__ = Same
+    expected = model.model.norm(x, gate)
+    with layers.native_layers(model) as number:
+        assert number == 8
+        calls.clear()
+        torch.testing.assert_close(model.model.norm(x, gate), expected)
+        torch.testing.assert_close(model.model.norm(x=x, gate=gate), expected)
+        assert not calls
+        model.model.norm(x)
+        assert calls == ["norm"]
+
+
+def test_a_norm_of_another_shape_is_torchs(calls) -> None:
+    model, x = make("llama"), torch.randn(2, 3, 24)
+    with layers.native_layers(model):
+        calls.clear()
+        model.model.norm.weight = torch.nn.Parameter(torch.randn(3, 24), requires_grad=False)
+        expected = modeling_llama.LlamaRMSNorm.forward(model.model.norm, x)
+        torch.testing.assert_close(model.model.norm(x), expected)
+        model.model.norm.weight = torch.nn.Parameter(torch.randn(8), requires_grad=False)
+        with pytest.raises(RuntimeError, match="size"):
+            model.model.norm(x)
+    assert not calls
+
+
+def test_an_mlp_that_computes_in_float32_does_so_below_it_too() -> None:
+    model = make("llama").bfloat16()
+    mlp, x = model.model.layers[0].mlp, torch.randn(2, 9, 24).bfloat16()
+    mlp.__class__ = Precise
+    expected = mlp(x)
+    with layers.native_layers(model):
+        assert "forward" in vars(mlp)
+        assert torch.equal(mlp(x), expected)
 
 
 def test_gelu_is_no_swiglu() -> None:
@@ -202,14 +289,29 @@ def test_weights_of_norms_that_are_trained_get_their_gradients(calls) -> None:
     assert model.model.norm.weight.grad.abs().sum() > 0
 
 
-def test_arguments_that_are_not_known_go_to_the_architectures_own(calls) -> None:
-    query, key, (cos, sin) = made(1, 5, 2, 8), made(1, 5, 2, 8), torch.randn(2, 1, 5, 8)
-    model = make("llama")
-    with layers.native_layers(model):
+ROTATED = {  # what `apply_rotary_pos_emb` is called with; heads [B, H, N, D]
+    "unsqueezed": ([(1, 5, 2, 8), (1, 5, 2, 8), (1, 5, 8), (1, 5, 8)], {"unsqueeze_dim": 2}),
+    "of_all_rows": ([(3, 2, 5, 8), (1, 2, 5, 8), (3, 5, 8), (3, 5, 8)], {}),  # torch repeats the key's only row
+    "few_angles": ([(2, 2, 5, 8), (2, 2, 5, 8), (2, 1, 8), (2, 1, 8)], {}),
+}
+
+
+@pytest.mark.parametrize("case", ROTATED)
+def test_rotations_that_are_not_known_are_the_architectures_own(case: str, calls) -> None:
+    shapes, options = ROTATED[case]
+    inputs = [torch.randn(shape) for shape in shapes]
+    expected = modeling_llama.apply_rotary_pos_emb(*inputs, **options)
+    named = dict(zip(("q", "k", "cos", "sin"), inputs, strict=True))
+    with layers.native_layers(make("llama")):
         calls.clear()
-        found = modeling_llama.apply_rotary_pos_emb(query, key, cos, sin, unsqueeze_dim=2)
-        assert not calls
-    torch.testing.assert_close(found, modeling_llama.apply_rotary_pos_emb(query, key, cos, sin, unsqueeze_dim=2))
+        for found in (
+            modeling_llama.apply_rotary_pos_emb(*inputs, **options),
+            modeling_llama.apply_rotary_pos_emb(**named, **options),
+        ):
+            torch.testing.assert_close(found, expected)
+        with pytest.raises(TypeError, match="k"):  # the architecture's own answer
+            modeling_llama.apply_rotary_pos_emb(q=inputs[0], cos=inputs[2], sin=inputs[3])
+    assert not calls
 
 
 def test_everything_is_as_before_after_it() -> None:

@@ -1,6 +1,8 @@
 """The quantised base: what is written, what comes back, what it costs; on shapes that bitsandbytes misreads too."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from pipeline import quantization
 from pipeline.bnb import (
+    _compile_later,
     bnb,
     check_bitsandbytes,
     check_kept_layers,
@@ -304,3 +307,34 @@ def test_a_wrong_product_of_a_kept_layer_is_found() -> None:
     layer.forward = lambda x: 1.05 * bnb.nn.Linear4bit.forward(layer, x)  # type: ignore[method-assign]
     with pytest.raises(ModelError, match=r"4-bit product on cpu is off by 0\.05"):
         check_kept_layers(layer)
+
+
+def test_importing_bitsandbytes_compiles_nothing() -> None:
+    """Nor imports what would: `torch.compile` does at once."""
+    code = """
+import sys, torch
+own = torch.compile
+import pipeline.bnb
+assert torch.compile is own
+assert "torch._inductor.compile_fx" not in sys.modules
+torch.compile(lambda x: x)  # negative control
+assert "torch._inductor.compile_fx" in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_a_function_of_bitsandbytes_is_compiled_when_it_is_called() -> None:
+    asked: list[tuple[object, dict[str, bool]]] = []
+
+    def compile_now(function, **options):
+        asked.append((function, options))
+        return lambda x: function(x) + 1
+
+    def double(x: int) -> int:
+        return 2 * x
+
+    later = _compile_later(compile_now, double, dynamic=False)
+    assert not asked
+    assert later.__name__ == "double"
+    assert [later(3), later(4)] == [7, 9]
+    assert asked == [(double, {"dynamic": False})]
