@@ -18,6 +18,7 @@ from pipeline.config import compose_config
 def test_the_overlap_of_the_rows_keeps_no_other_worker_waiting(
     is_made_elsewhere: bool, order: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    (tmp_path / "data/processed").mkdir(parents=True)
     done: list[str] = []
 
     def note(name: str, result: Any) -> Any:
