@@ -68,8 +68,7 @@ def _way(module: Any) -> Callable[..., torch.Tensor] | None:
     if "forward" in vars(module):  # taken already
         return None
     if {name for name, _ in module.named_children()} == {"gate_proj", "up_proj", "down_proj", "act_fn"}:
-        activation: Any = type(module.act_fn)
-        return _mlp if _is_swiglu(kind, activation) else None
+        return _mlp if _is_swiglu(kind, module.act_fn) else None
     is_norm = hasattr(module, "variance_epsilon") and getattr(module, "weight", None) is not None
     return _norm if is_norm and _is_norm(kind) else None
 
@@ -81,17 +80,12 @@ def _is_norm(kind: Any) -> bool:
     return _agree(lambda: kind.forward(standin, x_NX), lambda: [_Norm.apply(x_NX, weight_X, 0.1)])
 
 
-@functools.cache
-def _is_swiglu(kind: Any, activation: Any) -> bool:
+def _is_swiglu(kind: Any, activation: Callable[[torch.Tensor], torch.Tensor]) -> bool:
     x_NX = _made_up(3, 24)
-
-    def theirs() -> Any:
-        standin = SimpleNamespace(
-            gate_proj=lambda x: 3 * x, up_proj=lambda x: x - 1, down_proj=lambda x: x + 2, act_fn=activation()
-        )
-        return kind.forward(standin, x_NX)
-
-    return _agree(theirs, lambda: [_Swiglu.apply(3 * x_NX, x_NX - 1) + 2])
+    standin = SimpleNamespace(
+        gate_proj=lambda x: 3 * x, up_proj=lambda x: x - 1, down_proj=lambda x: x + 2, act_fn=activation
+    )
+    return _agree(lambda: kind.forward(standin, x_NX), lambda: [_Swiglu.apply(3 * x_NX, x_NX - 1) + 2])
 
 
 def _is_rotation(rotate: Callable[..., Any]) -> bool:

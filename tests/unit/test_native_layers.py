@@ -248,9 +248,22 @@ def test_an_mlp_that_computes_in_float32_does_so_below_it_too() -> None:
         assert torch.equal(mlp(x), expected)
 
 
-def test_gelu_is_no_swiglu() -> None:
+class Steeper(torch.nn.Module):
+    def __init__(self, slope=1.0):
+        super().__init__()
+        self.slope = slope
+
+    def forward(self, x):
+        return x * torch.sigmoid(self.slope * x)
+
+
+def test_another_activation_is_no_swiglu() -> None:
     with layers.native_layers(make("llama", hidden_act="gelu")) as number:
         assert number == 6
+    model = make("llama")
+    model.model.layers[0].mlp.act_fn, model.model.layers[1].mlp.act_fn = Steeper(1.7), Steeper()
+    with layers.native_layers(model) as number:
+        assert number == 7
 
 
 @pytest.fixture
