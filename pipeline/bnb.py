@@ -32,8 +32,8 @@ def _import_without_download() -> ModuleType:
     That is code without a pinned revision, and fails offline; nothing here needs it. The warning about its absence is
     held back too.
 
-    It decorates four functions with `torch.compile`, which imports inductor: 0.9 of the 4.1 seconds that a training
-    takes to import everything. Here each is compiled at its first call.
+    It decorates four functions with `torch.compile`, which imports inductor: a fifth of the time that a training's
+    imports take. Here each is compiled at its first call.
     """
     held = sys.modules.get("kernels")
     noise = logging.getLogger("bitsandbytes.backends.cpu.ops")

@@ -261,9 +261,11 @@ def try_layers(device: str) -> Iterator[Finding]:
 
     with native_layers.native_layers(model) as number:
         found = computed()
-    if not number:
+    if not native_layers.is_compiled():
         found_none = "norms, SwiGLU and rotary embeddings are torch's, which takes longer: nothing was compiled"
         yield Finding("warn", found_none, "install a C compiler with OpenMP (`apt install gcc`), or set CC to one")
+    elif number != 5:  # three norms, an MLP and the rotation
+        yield Finding("fail", f"{5 - number} of 5 compiled layers are not torch's", "set CC to another C compiler")
     elif not (distance := float((found - computed()).detach().abs().max())) < 1e-5:
         yield Finding("fail", f"compiled layers are off by {distance:.1e}", "set CC to another C compiler")
     else:

@@ -54,15 +54,15 @@ def load_kernel(source: Path, defines: Sequence[str] = ()) -> ctypes.CDLL:
         with contextlib.suppress(OSError):  # not there, or no program may be run there
             if kept is not None and _is_whole(kept.read_bytes()):
                 return ctypes.CDLL(str(kept))
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # NFS keeps what is loaded from it
             library = Path(folder) / source.with_suffix(".so").name
             complete = [*command, "-o", str(library), str(source), "-lm"]
             subprocess.run(complete, check=True, capture_output=True, text=True, timeout=COMPILE_SECONDS)
-            loaded = ctypes.CDLL(str(library))
             with contextlib.suppress(OSError):  # a full disk, a home not to be written: made again next time
                 if kept is not None:
                     _keep(library.read_bytes(), kept)
-            return loaded
+                    return ctypes.CDLL(str(kept))
+            return ctypes.CDLL(str(library))
     except (OSError, ValueError, subprocess.SubprocessError) as error:
         lines = (str(getattr(error, "stderr", None) or error).strip() or "no reason given").splitlines()
         said = next((line for line in lines if "error" in line), lines[0])
@@ -83,12 +83,13 @@ def _kept(name: str) -> Path | None:
 def _keep(library: bytes, path: Path) -> None:
     """With its digest at the end, which a loader does not read: half a library would kill the process."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(f".{os.getpid()}.tmp")
-    try:
-        unfinished.write_bytes(library + hashlib.sha256(library).digest())
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as unfinished:
+        try:
+            unfinished.write(library + hashlib.sha256(library).digest())
+            unfinished.close()
+            Path(unfinished.name).replace(path)
+        finally:
+            Path(unfinished.name).unlink(missing_ok=True)
 
 
 def _is_whole(kept: bytes) -> bool:

@@ -3,7 +3,7 @@
 torch makes 4 to 12 passes of each, over tensors that have left the caches, and as many for its gradient; and keeps what
 is between them. Here the backward pass computes again what is cheap (docs/performance.md).
 
-Whether an architecture's layer is one of these is tried, not read: its class computes a made-up input beside C.
+Whether an architecture's layer is one of these is tried, not read: its own code computes a made-up input beside C.
 
 Shape suffixes: B rows of the batch, H heads, N tokens, D head width, X width.
 """
@@ -38,7 +38,7 @@ def native_layers(model: nn.Module) -> Iterator[int]:
     A rotation is a function of its architecture's module: all models of that architecture get it for the time. Several
     of these end in the reverse order of their beginnings. Outputs are contiguous, whatever the inputs are.
     """
-    if next(model.parameters()).device.type != "cpu" or _library() is None:
+    if next(model.parameters()).device.type != "cpu" or not is_compiled():
         yield 0
         return
     changed: list[tuple[Any, str, Any]] = []
@@ -60,6 +60,11 @@ def native_layers(model: nn.Module) -> Iterator[int]:
                 delattr(owner, name)
             else:
                 setattr(owner, name, own)
+
+
+def is_compiled() -> bool:
+    """Whether this machine has the kernels; they are compiled where they are not."""
+    return _library() is not None
 
 
 def _way(module: Any) -> Callable[..., torch.Tensor] | None:

@@ -292,16 +292,23 @@ def test_layers_are_compiled_right_or_said_to_be_torchs(monkeypatch) -> None:
     (finding,) = doctor_device.try_layers("cpu")
     assert finding.status == "ok"
     assert not list(doctor_device.try_layers("cuda"))
-    with monkeypatch.context() as patch:
-        call = native_layers._call
-        patch.setattr(
-            native_layers, "_call", lambda name, *given: None if name == "swiglu_backward" else call(name, *given)
-        )
-        (finding,) = doctor_device.try_layers("cpu")
-        assert finding.status == "fail"
     monkeypatch.setattr(native_layers, "_library", lambda: None)
     (finding,) = doctor_device.try_layers("cpu")
     assert finding.status == "warn"
+
+
+@pytest.mark.parametrize("wrong", ["norm", "norm_backward", "swiglu", "swiglu_backward", "rotate"])
+def test_a_layer_that_is_compiled_wrong_fails(wrong: str, monkeypatch) -> None:
+    call = native_layers._call
+
+    def call_wrongly(name: str, first: torch.Tensor, *others) -> None:
+        call(name, first + 0.1 if name == wrong else first, *others)
+
+    monkeypatch.setattr(native_layers, "_call", call_wrongly)
+    native_layers._is_norm.cache_clear()
+    (finding,) = doctor_device.try_layers("cpu")
+    native_layers._is_norm.cache_clear()
+    assert finding.status == "fail"
 
 
 def test_a_trial_that_raises_is_a_finding_and_the_next_ones_run(monkeypatch, capsys) -> None:

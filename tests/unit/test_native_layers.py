@@ -135,8 +135,8 @@ def test_the_number_of_threads_changes_no_bit() -> None:
     [("llama", 8), ("mistral", 8), ("qwen2", 8), ("qwen3", 12), ("olmo", 3), ("phi3", 6), ("cohere", 2), ("gemma", 1)],
 )
 def test_whose_layers_are_known(kind: str, number: int) -> None:
-    """Qwen 3 has two norms more a layer; OLMo's and Cohere's norms, Phi 3's and Gemma's MLP are others, and Cohere's
-    rotation."""
+    """Qwen 3 has two norms more a layer; the norms of OLMo, Cohere and Gemma, the MLP of Phi 3 and Gemma and the
+    rotation of Cohere are others."""
     model = make(kind)
     expected = logits_and_gradient(model)
     with layers.native_layers(model) as found:
