@@ -22,7 +22,7 @@ repro: $(STAMP)  ## rebuild everything that changed, log it, print the results
 	$(RUN) python -m pipeline.summary; exit $$status
 
 sweep: $(STAMP)  ## rank by targets by learning rate on the embedded data, compared (some minutes)
-	@$(RUN) python -m stages.train -m experiment=rank_sweep train.max_steps=60 hydra/launcher=fused \
+	@$(RUN) python -m stages.train -m experiment=rank_sweep train.max_steps=60 train.eval_steps=15 hydra/launcher=fused \
 		hydra.launcher.num_workers=2 hydra.launcher.num_threads=1 hydra.sweep.dir=multirun/rank_sweep
 
 test: $(STAMP)  ## the default tests

@@ -154,7 +154,7 @@ def plot_curves(judged: Judged, path: Path) -> str | None:
     axes.tick_params(axis="y", which="minor", labelsize=7)
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("validation loss, nats a token (logarithmic)")
-    axes.legend(handles=handles, fontsize=8)
+    axes.legend(handles=handles, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, frameon=False)
     axes.grid(alpha=0.3, which="both")
     write_head(judged, figure, f"{len(curves)} points, a line each (not shown: the loss before the first step)", [])
     save_figure(figure, path)
