@@ -9,8 +9,6 @@ import pytest
 
 from pipeline import native
 
-pytestmark = pytest.mark.skipif(not (shutil.which("cc") or shutil.which("gcc")), reason="no C compiler")
-
 
 @pytest.fixture
 def source(tmp_path) -> Path:

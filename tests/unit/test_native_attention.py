@@ -2,7 +2,6 @@
 
 import logging
 import math
-import shutil
 
 import pytest
 import torch
@@ -13,7 +12,6 @@ from pipeline import native_attention
 from pipeline.native_attention import attend, takes
 from pipeline.packing import packed_sdpa
 
-pytestmark = pytest.mark.skipif(not (shutil.which("cc") or shutil.which("gcc")), reason="no C compiler")
 SCALE = 0.3
 
 
